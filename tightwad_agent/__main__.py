@@ -1,0 +1,17 @@
+"""`python -m tightwad_agent` and the `tightwad-agent` command."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; exits the process."""
+    from tightwad_agent import hide_token
+
+    sys.argv[1:] = hide_token.from_argv(sys.argv[1:])
+    from tightwad_agent.cli import cli
+
+    cli(prog_name="tightwad-agent")
+
+
+if __name__ == "__main__":
+    main()

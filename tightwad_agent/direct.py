@@ -1,0 +1,210 @@
+"""Streams over sockets that are read and written without a task switch where nothing has to be waited for.
+
+trio's own streams pass through its scheduler at every call, which is right in general and too dear for a tunnel that
+carries each token of an answer: here a pump takes what is there, gives it on, and only then waits.
+"""
+
+from __future__ import annotations
+
+import abc
+import errno
+import socket
+from typing import NoReturn
+
+import trio
+
+TAKE_SIZE = 256 << 10
+"""What one system call reads at most, and what is encrypted before it is sent: a stream holds a small multiple."""
+_UNSENT_LOW = 128 << 10
+"""A socket counts as writable again below this; with trio's own 16 KiB a sender is woken half as often again."""
+_WORTH = 32 << 10
+_AT_ONCE = 128 << 10
+"""Where a large message is under way, a receiver is woken when so much of it is there, and not for each packet."""
+_CLOSED = (errno.EBADF, errno.ENOTSOCK)
+
+
+class Direct(trio.abc.Stream):
+    """A trio stream with `take` and `give` beside the usual methods; all raise trio's stream errors.
+
+    It takes the socket over: the stream it was made of is empty afterwards, and `transport_stream` is in its place.
+    """
+
+    def __init__(self, transport: trio.SocketStream) -> None:
+        raw = socket.socket(fileno=transport.socket.detach())
+        self.transport_stream = trio.SocketStream(trio.socket.from_stdlib_socket(raw))
+        self._raw = raw
+        self._unsent = memoryview(b"")
+        self._more = True
+        self._expected = 0
+        self._sending = self._cut = self._closed = False
+        self._wire, self._plain = _buffers()
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            _set(raw, socket.TCP_NOTSENT_LOWAT, _UNSENT_LOW)
+
+    # Without waiting
+
+    @abc.abstractmethod
+    def take(self, max_bytes: int = TAKE_SIZE) -> memoryview | None:
+        """What has come, at most `max_bytes`; empty at the end; None: nothing yet, wait until `readable`.
+
+        The bytes are there until the next checkpoint or `take` of any stream.
+        """
+
+    @abc.abstractmethod
+    def give(self, data: bytes | bytearray | memoryview) -> bool:
+        """Sends `data`, at most `TAKE_SIZE`. False: some of it is left; `drain` before the next `give`."""
+
+    async def readable(self) -> None:
+        """Returns when another `take` is worth it; a checkpoint in any case."""
+        if self._more:
+            await trio.lowlevel.checkpoint()
+        elif self._expected > 2 * _WORTH:
+            await self._plenty(min(self._expected - _WORTH, _AT_ONCE))
+        else:
+            await trio.lowlevel.wait_readable(self._raw)
+
+    def expect(self, n_bytes: int) -> None:
+        """At least so many more bytes will come, unless the stream breaks: `readable` may wait for a good part of them.
+        Holds until it is called again."""
+        self._expected = n_bytes
+
+    async def _plenty(self, n_bytes: int) -> None:
+        """Of the wire; what is known to come is a little more than what a `take` has not given yet."""
+        _set(self._raw, socket.SO_RCVLOWAT, n_bytes, socket.SOL_SOCKET)
+        try:
+            await trio.lowlevel.wait_readable(self._raw)
+        finally:
+            _set(self._raw, socket.SO_RCVLOWAT, 1, socket.SOL_SOCKET)
+
+    async def drain(self) -> None:
+        """Returns when all that was given is on its way."""
+        while self._unsent:
+            await trio.lowlevel.wait_writable(self._raw)
+            self._unsent = self._unsent[self._send(self._unsent) :]
+
+    def _receive(self, buffer: memoryview) -> int | None:
+        """Bytes read, 0 at the end, None: nothing there."""
+        try:
+            n = self._raw.recv_into(buffer)
+        except BlockingIOError:
+            self._more = False
+            return None
+        except OSError as exc:
+            _broken(exc)
+        self._more = n == len(buffer)
+        return n
+
+    def _send(self, data: bytes | bytearray | memoryview) -> int:
+        try:
+            return self._raw.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            _broken(exc)
+
+    # trio.abc.Stream
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        self._check_open()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        data = self.take(max_bytes or TAKE_SIZE)
+        if data is not None:
+            got = bytes(data)  # at the checkpoint others use the buffer
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return got
+        while data is None:
+            await self.readable()  # two receivers at once: trio says so here
+            data = self.take(max_bytes or TAKE_SIZE)
+        return bytes(data)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is already sending")
+        self._check_open()
+        if self._cut:
+            raise trio.BrokenResourceError("an earlier send was given up half way")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._sending = self._cut = True
+        try:
+            await self._send_slices(memoryview(data))
+            self._cut = False
+        finally:
+            self._sending = False
+
+    async def _send_slices(self, data: memoryview) -> None:
+        waited = False
+        for start in range(0, len(data), TAKE_SIZE):
+            if not self.give(data[start : start + TAKE_SIZE]):
+                await self.drain()
+                waited = True
+        if not waited:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        if self._sending:
+            raise trio.BusyResourceError("another task is already sending")
+        self._check_open()
+        await trio.lowlevel.wait_writable(self._raw)
+
+    async def aclose(self) -> None:
+        self._closed = True
+        await self.transport_stream.aclose()
+
+    def _check_ready(self) -> None:
+        self._check_open()
+        if self._unsent:
+            raise trio.BusyResourceError("what was sent before is not through yet")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("the stream was closed")
+
+
+class SocketEnd(Direct):
+    """A plain socket."""
+
+    def take(self, max_bytes: int = TAKE_SIZE) -> memoryview | None:
+        n = self._receive(self._plain[:max_bytes])
+        return None if n is None else self._plain[:n]
+
+    def give(self, data: bytes | bytearray | memoryview) -> bool:
+        self._check_ready()
+        n = self._send(data)
+        if n == len(data):
+            return True
+        self._unsent = memoryview(bytes(data[n:]))  # `data` may lie in a buffer that others use next
+        return False
+
+
+def direct(stream: trio.abc.Stream) -> trio.abc.Stream:
+    """The stream as a `Direct` one if it can be; the given one must not be used any more then."""
+    return SocketEnd(stream) if type(stream) is trio.SocketStream else stream
+
+
+_Buffers = tuple[memoryview, memoryview]
+_shared: trio.lowlevel.RunVar[_Buffers] = trio.lowlevel.RunVar("direct.buffers")
+
+
+def _buffers() -> _Buffers:
+    """What all streams of a trio run read into, from the wire and for the taker: in use only between checkpoints."""
+    try:
+        return _shared.get()
+    except LookupError:
+        made = memoryview(bytearray(TAKE_SIZE)), memoryview(bytearray(TAKE_SIZE + (32 << 10)))
+        _shared.set(made)
+        return made
+
+
+def _set(raw: socket.socket, option: int, value: int, level: int = socket.IPPROTO_TCP) -> None:
+    try:
+        raw.setsockopt(level, option, value)
+    except OSError:
+        pass  # a connection already reset, or no TCP: neither is worth failing for
+
+
+def _broken(exc: OSError) -> NoReturn:
+    if exc.errno in _CLOSED:
+        raise trio.ClosedResourceError("the socket was closed") from None
+    raise trio.BrokenResourceError(f"socket connection broken: {exc}") from exc

@@ -1,0 +1,1 @@
+"""llama.cpp: getting it, running workers, running the server over them."""

@@ -1,0 +1,29 @@
+"""Whether a request may be the cause of what happens to the servers that are to answer it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+
+class Blame:
+    """Counts how often a request lost its server without getting on: `n`.
+
+    Where the `membership` is another when it is tried next, a machine died or another node coordinates, and the loss
+    was none of the request's doing.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._before: Hashable = None
+        self._is_open = False
+
+    def tried(self, membership: Hashable) -> None:
+        """It is about to be sent; `membership` is what it is now."""
+        if self._is_open and membership != self._before:
+            self.n -= 1
+        self._before, self._is_open = membership, False
+
+    def lost(self, *, got_on: bool) -> None:
+        """Its server is gone; `got_on`: it had brought more of the answer."""
+        self.n = 1 if got_on else self.n + 1
+        self._is_open = True

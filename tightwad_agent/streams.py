@@ -1,0 +1,274 @@
+"""Framed, typed conversations over any trio byte stream; foreign exceptions become ours here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+
+from tightwad_agent.direct import TAKE_SIZE, Direct, direct
+from tightwad_agent.errors import PeerGone, PeerSilent, ProtocolError
+from tightwad_agent.ids import NodeId
+from tightwad_agent.wire.codec import Codec
+from tightwad_agent.wire.frames import MAX_HEADER, Frame, FrameDecoder, encode
+
+READ_SIZE = 64 << 10
+"""What a message's reader takes at a time; four full TLS records."""
+
+StreamHandler = Callable[[NodeId, trio.abc.Stream, dict[str, Any]], Awaitable[None]]
+"""Serves one incoming stream of a service: (authenticated peer, raw stream, arguments). The caller closes it."""
+
+OpenStream = Callable[[NodeId, str, dict[str, Any]], Awaitable[trio.abc.Stream]]
+"""Opens a stream to a service of another node; raises a `PeerError`. The one who opened it closes it."""
+
+Call = Callable[[NodeId, str, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""One question to another node (or to this one) and its answer; raises a `PeerError`."""
+
+MethodHandler = Callable[[NodeId, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""Answers one `Call`: (authenticated peer, parameters). A `TightwadError` it raises reaches the caller by code."""
+
+
+@contextmanager
+def peer_errors(deadline_s: float = math.inf) -> Iterator[None]:
+    """Maps what trio raises for a broken stream to `PeerGone`, and for a missed deadline to `PeerSilent`."""
+    try:
+        with trio.fail_after(deadline_s):
+            yield
+    except trio.TooSlowError:
+        raise PeerSilent(f"no answer within {deadline_s:g} s") from None
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+        raise PeerGone(f"the connection broke: {exc.__cause__ or exc}") from None
+
+
+class Framed:
+    """Messages of one codec over a stream. One task may send while another receives; two senders must not."""
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        codec: Codec,
+        *,
+        max_header: int = MAX_HEADER,
+        max_payload: int = 0,
+        read_size: int = READ_SIZE,
+    ) -> None:
+        self.stream = stream
+        self._read_size = read_size
+        self._codec = codec
+        self._decoder = FrameDecoder(max_header, max_payload)
+
+    async def send(self, message: object, payload: bytes | memoryview = b"", *, deadline_s: float = math.inf) -> None:
+        """Writes one message whole. Raises `PeerGone` or `PeerSilent`."""
+        with peer_errors(deadline_s):
+            await self.stream.send_all(encode(self._codec.encode(message), payload))
+
+    async def receive(self, *, deadline_s: float = math.inf) -> tuple[Any, bytes]:
+        """The next message and its payload. Raises `PeerGone`, `PeerSilent` or `ProtocolError`."""
+        frame = self._decoder.feed_one(b"")
+        with peer_errors(deadline_s):
+            if frame is None and isinstance(self.stream, Direct):
+                frame = await self._receive_directly(self.stream)
+            while frame is None:
+                frame = self._fed(await self.stream.receive_some(self._read_size))
+        return self._codec.decode(frame.header), frame.payload
+
+    async def _receive_directly(self, stream: Direct) -> Frame:
+        """Without a copy of what came, and a task switch for each part of it."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            stream.expect(self._decoder.missing)
+            while (data := stream.take(self._read_size)) is None:
+                await stream.readable()
+            if (frame := self._fed(data)) is not None:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return frame
+
+    def _fed(self, data: bytes | bytearray | memoryview) -> Frame | None:
+        if not data:
+            self._decoder.eof()
+            raise PeerGone("the connection was closed")
+        return self._decoder.feed_one(data)
+
+    async def expect(self, kind: type, *, deadline_s: float = math.inf) -> Any:
+        """The next message, which must be a `kind`; anything else is a `ProtocolError`."""
+        message, _ = await self.receive(deadline_s=deadline_s)
+        if not isinstance(message, kind):
+            raise ProtocolError(f"expected {kind.__name__}, got {type(message).__name__}")
+        return message
+
+    def detach(self) -> trio.abc.Stream:
+        """The raw stream from here on, with what was already read put back in front."""
+        rest = self._decoder.buffered
+        return Prefixed(self.stream, rest) if rest else self.stream
+
+
+class Prefixed(trio.abc.Stream):
+    """A stream whose first bytes were already read by somebody."""
+
+    def __init__(self, stream: trio.abc.Stream, prefix: bytes) -> None:
+        self._stream = stream
+        self._prefix = prefix
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if self._prefix:
+            await trio.lowlevel.checkpoint()
+            cut = len(self._prefix) if max_bytes is None else max_bytes
+            data, self._prefix = self._prefix[:cut], self._prefix[cut:]
+            return data
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+Count = Callable[[int], None]
+"""Told of each chunk that was passed on, in bytes."""
+
+_ENDS = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+Chunk = bytes | bytearray | memoryview
+Later = Callable[[], Awaitable[Chunk]]
+"""Bytes that have to be fetched when it is their turn. Raises `ProtocolError`."""
+Change = Callable[[Chunk], Sequence[Chunk | Later]]
+"""What to pass on in place of a chunk: nothing, itself, or other bytes. Raises `ProtocolError`."""
+
+
+async def pump(
+    source: trio.abc.ReceiveStream, sink: trio.abc.SendStream, n_bytes: Count, change: Change | None = None
+) -> trio.abc.AsyncResource:
+    """Copies until the source ends or either side breaks; which of the two it was. The caller closes both."""
+    if isinstance(source, Direct) and isinstance(sink, Direct):
+        return await _pump_directly(source, sink, n_bytes, change)
+    while True:
+        try:
+            data = await source.receive_some(READ_SIZE)
+        except _ENDS:
+            return source
+        if not data:
+            return source
+        try:
+            for chunk in change(data) if change else (data,):
+                await sink.send_all(await chunk() if callable(chunk) else chunk)
+        except _ENDS:
+            return sink
+        n_bytes(len(data))
+
+
+async def _pump_directly(source: Direct, sink: Direct, n_bytes: Count, change: Change | None) -> trio.abc.AsyncResource:
+    while True:
+        try:
+            while (data := source.take()) is None:
+                await source.readable()
+        except _ENDS:
+            return source
+        if not (n := len(data)):
+            return source
+        try:
+            if change is not None:
+                await _give(sink, change(data))
+            elif not sink.give(data):
+                await sink.drain()
+        except _ENDS:
+            return sink
+        n_bytes(n)
+        try:
+            await source.readable()
+        except _ENDS:
+            return source
+
+
+async def _give(sink: Direct, chunks: Sequence[Chunk | Later]) -> None:
+    """In as few writes as they need. What was taken is lost at the first checkpoint: then a copy is made of it."""
+    ready = [chunk for chunk in chunks if not callable(chunk)]
+    if len(ready) == len(chunks):
+        await _give_all(sink, ready)
+        return
+    for chunk in [chunk if callable(chunk) else bytes(chunk) for chunk in chunks]:
+        await _give_all(sink, [await chunk() if callable(chunk) else chunk])
+
+
+async def _give_all(sink: Direct, chunks: Sequence[Chunk]) -> None:
+    """As one write if they fit into one. A chunk as it was taken fits; of more than one a copy is made."""
+    data = memoryview(chunks[0] if len(chunks) == 1 else b"".join(chunks))
+    for start in range(0, len(data), TAKE_SIZE):
+        if not sink.give(data[start : start + TAKE_SIZE]):
+            await sink.drain()
+
+
+async def join(
+    left: trio.abc.Stream, right: trio.abc.Stream, n_right: Count, n_left: Count, change: Change | None = None
+) -> bool:
+    """Joins two streams until either direction ends or the task is cancelled, then closes both.
+
+    Whether it was the right one that ended or broke first. `n_right` counts what went there, `n_left` what came back.
+    `change` is applied to what goes to the right, which is counted as it was before; its errors are raised.
+    """
+    left, right = direct(left), direct(right)
+    first: list[trio.abc.AsyncResource] = []
+    errors: list[ProtocolError] = []
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def one_way(
+                source: trio.abc.Stream, sink: trio.abc.Stream, n_bytes: Count, change: Change | None = None
+            ) -> None:
+                try:
+                    first.append(await pump(source, sink, n_bytes, change))
+                except ProtocolError as exc:
+                    errors.append(exc)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(one_way, left, right, n_right, change)
+            nursery.start_soon(one_way, right, left, n_left)
+    finally:  # also when cancelled
+        await close_quietly(left)
+        await close_quietly(right)
+    if errors:
+        raise errors[0]
+    return first[0] is right
+
+
+def uncounted(_n: int) -> None:
+    """Nobody wants to know."""
+
+
+async def splice(left: trio.abc.Stream, right: trio.abc.Stream, n_bytes: Count = uncounted) -> None:
+    """`join` for those who do not ask which side ended, or which way the bytes went."""
+    await join(left, right, n_bytes, n_bytes)
+
+
+async def close_quietly(stream: trio.abc.AsyncResource) -> None:
+    """Closes without a goodbye and without waiting for the peer."""
+    with trio.CancelScope(shield=True):
+        await trio.aclose_forcefully(stream)
+
+
+__all__ = [
+    "READ_SIZE",
+    "Call",
+    "Change",
+    "Chunk",
+    "Frame",
+    "Framed",
+    "Later",
+    "MethodHandler",
+    "OpenStream",
+    "Prefixed",
+    "StreamHandler",
+    "close_quietly",
+    "join",
+    "peer_errors",
+    "pump",
+    "splice",
+    "uncounted",
+]

@@ -1,0 +1,1 @@
+"""Model files: what they are, which pieces are where, and how they come here."""

@@ -1,0 +1,489 @@
+"""One model among this node and its peers: who is connected, what is asked of whom, what came, what went.
+
+Everything runs in the nursery of `run`: one task that dials and watches deadlines, two for each link. State changes
+only in the trio thread; hashing, reading and writing happen in worker threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from tightwad_agent.errors import DiskFull, PeerError, PeerSilent, ProtocolError, TightwadError
+from tightwad_agent.ids import NodeId
+from tightwad_agent.streams import Framed, OpenStream, close_quietly
+from tightwad_agent.swarm.arrivals import Arrivals, Found
+from tightwad_agent.swarm.link import Link
+from tightwad_agent.swarm.manifest import Manifest
+from tightwad_agent.swarm.outside import OUTSIDE, LastResort, Outside
+from tightwad_agent.swarm.part import PartFile
+from tightwad_agent.swarm.peer import Conversation, Effect, Joined, Progress, Received, Refused, Updated
+from tightwad_agent.swarm.pieces import Limits, PieceTracker, Rng
+from tightwad_agent.swarm.source import CompleteFile
+from tightwad_agent.swarm.standing import Standings
+from tightwad_agent.swarm.uploads import Uploads
+from tightwad_agent.wire.swarm import BLOCK_BYTES, CODEC, MAX_SWARM_HEADER, Bye, Hello
+
+log = logging.getLogger(__name__)
+
+SERVICE = "swarm"
+MAX_LINKS = 64
+DIAL_S = 20.0
+IDLE_S = 10.0
+RATE_WINDOW_S = 5.0
+CHUNK_BYTES = 2 << 20
+"""What comes of a piece is written and hashed in parts of this size; a multiple of a block."""
+READ_BYTES = 4 << 20
+"""What is read of a piece at once, to be sent."""
+
+
+@dataclass
+class Traffic:
+    """Verified bytes that came, and bytes that went, by peer; cumulative over all exchanges of a model."""
+
+    from_each_peer: Counter[str] = field(default_factory=Counter)
+    to_each_peer: Counter[NodeId] = field(default_factory=Counter)
+
+
+class Exchange:
+    """`part` while pieces are missing, `complete` when all are here; exactly one is given at first."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        me: NodeId,
+        open_stream: OpenStream,
+        rng: Rng,
+        *,
+        part: PartFile | None = None,
+        complete: CompleteFile | None = None,
+        traffic: Traffic | None = None,
+        limits: Limits | None = None,
+        uploads: Uploads | None = None,
+        outside: Outside | None = None,
+        on_piece: Callable[[], None] = lambda: None,
+        on_damage: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.manifest = manifest
+        self.have = set(range(len(manifest.pieces))) if part is None else set(part.have)
+        self.links: dict[NodeId, Link] = {}
+        self.leeched = trio.Event()
+        """All pieces are here, or `failure` says why not."""
+        self.failure: TightwadError | None = None
+        self.traffic = traffic or Traffic()
+        self._me = me
+        self._open_stream = open_stream
+        self._part = part
+        self._complete = complete
+        self._lengths = [piece.length for piece in manifest.pieces]
+        self.tracker = PieceTracker(self._lengths, self.have, rng, limits) if part is not None else None
+        self._arrivals = Arrivals(manifest, part, self._durable) if part is not None else None
+        self._uploads = uploads or Uploads()
+        self._limits = limits or Limits()
+        self._outside = LastResort(outside, self) if outside is not None and part is not None else None
+        self._on_piece = on_piece
+        self._on_damage = on_damage
+        self._holders: frozenset[NodeId] = frozenset()
+        self._dialling: dict[NodeId, trio.CancelScope] = {}
+        self._standings = Standings()
+        self._recent: deque[tuple[float, int]] = deque()
+        self.poke = trio.Event()
+        self._stopping = False
+        self._nursery: trio.Nursery | None = None
+        if self.tracker is not None and self.tracker.complete:
+            self.leeched.set()
+
+    # What others see
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of pieces that are here."""
+        return sum(self._lengths[i] for i in self.have)
+
+    @property
+    def sources(self) -> int:
+        """Connected peers that have something that is not here."""
+        tracker = self.tracker
+        return 0 if tracker is None else sum(tracker.is_useful(p) for p in tracker.peers if p != OUTSIDE)
+
+    def rate(self, now: float) -> float:
+        """Bytes per second that came in over the last seconds."""
+        self._forget_old(now)
+        if not self._recent:
+            return 0.0
+        return sum(n for _, n in self._recent) / max(now - self._recent[0][0], 0.5)
+
+    def _forget_old(self, now: float) -> None:
+        while self._recent and self._recent[0][0] < now - RATE_WINDOW_S:
+            self._recent.popleft()
+
+    def problem(self) -> str:
+        """Why nothing comes, in words; empty while something does."""
+        tracker = self.tracker
+        if tracker is None or tracker.complete or tracker.fetching:
+            return ""
+        bad = [p for p in self._holders if self._standings.is_banned(p, trio.current_time())]
+        tail = f" ({len(bad)} sent bad data and are not asked)" if bad else ""
+        tail += f" ({self._outside.problem})" if self._outside and self._outside.problem else ""
+        if not self._holders:
+            return f"no node has it any more, waiting for one to return{tail}"
+        if not self.links:
+            return f"none of the {len(self._holders)} nodes that have it can be reached, waiting{tail}"
+        if missing := tracker.missing_everywhere():
+            return f"{missing} pieces are on none of the connected nodes, waiting{tail}"
+        return tail.strip(" ()")
+
+    # What others do
+
+    def set_holders(self, holders: frozenset[NodeId]) -> None:
+        """Nodes that have at least part of it. One that is new is dialled at once."""
+        for peer in holders - self._holders:
+            self._standings.welcome(peer)
+        self._holders = holders - {self._me}
+        self.poke.set()
+
+    def now_complete(self, source: CompleteFile) -> None:
+        """The file has its final name: serve from there."""
+        self._complete = source
+        self.tracker = None
+        for link in list(self.links.values()):
+            self._end_if_done(link)
+        self.poke.set()
+
+    def stop(self, reason: str) -> None:
+        """Ends all links after telling why; `run` returns."""
+        self._stopping = True
+        self.have.clear()
+        for link in self.links.values():
+            link.bye(reason)
+        if self._nursery is not None:
+            self._nursery.cancel_scope.deadline = trio.current_time() + 1.0
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled, stopped, or complete and idle."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            if self._arrivals is not None:
+                nursery.start_soon(self._write, self._arrivals)
+            if self._outside is not None:
+                for _ in range(self._limits.outside):
+                    nursery.start_soon(self._outside.run)
+            task_status.started()
+            await self._drive()
+            nursery.cancel_scope.cancel()
+        self._nursery = None
+
+    async def accept(self, peer: NodeId, framed: Framed, hello: Hello) -> None:
+        """Serves a stream that a peer opened; returns when the conversation is over."""
+        refusal = self._refusal(peer)
+        if refusal or self._nursery is None or self._stopping:
+            await framed.send(Bye(refusal or "this model is being closed"), deadline_s=DIAL_S)
+            return
+        if peer in self._dialling:
+            self._dialling[peer].cancel()
+        link = self._add_link(peer, framed, dialled=False, first=hello)
+        self._nursery.start_soon(self._run_link, link)
+        try:
+            await link.finished.wait()
+        finally:
+            link.drop()
+
+    # Links
+
+    def _refusal(self, peer: NodeId) -> str:
+        """Of two streams between the same two nodes, the one that the lower id opened stays."""
+        if self._standings.is_banned(peer, trio.current_time()):
+            return "you sent bad data"
+        link = self.links.get(peer)
+        if self._me < peer and (peer in self._dialling or (link is not None and link.dialled)):
+            return "we are connected already"
+        if len(self.links) >= MAX_LINKS and link is None:
+            return f"{MAX_LINKS} nodes are connected"
+        return ""
+
+    def _add_link(self, peer: NodeId, framed: Framed, *, dialled: bool, first: Hello | None = None) -> Link:
+        old = self.links.pop(peer, None)
+        if old is not None:
+            self._forget(old)
+            old.drop()
+        conversation = Conversation(self.manifest.root, self._lengths, CHUNK_BYTES)
+        conversation.hello(self.have, self.tracker.fetching if self.tracker else ())
+        link = Link(peer, framed, conversation, self, self._uploads, dialled=dialled, first=first)
+        self.links[peer] = link
+        return link
+
+    async def _run_link(self, link: Link) -> None:
+        await link.run()
+        if self.links.get(link.peer) is link:
+            del self.links[link.peer]
+            self._forget(link)
+            self._note_end(link.peer, link.ended)
+        self.poke.set()
+
+    def _forget(self, link: Link) -> None:
+        if self._arrivals is not None:
+            self._arrivals.drop_all(link.peer)
+        if self.tracker is not None and link.peer in self.tracker.peers:
+            self.tracker.peer_left(link.peer)
+            self.fill_all()
+
+    async def _dial(self, peer: NodeId) -> None:
+        scope = self._dialling[peer]
+        stream: trio.abc.Stream | None = None
+        try:
+            with scope:
+                try:
+                    with trio.fail_after(DIAL_S):
+                        stream = await self._open_stream(peer, SERVICE, {"model": str(self.manifest.root)})
+                except trio.TooSlowError:
+                    self._note_end(peer, PeerSilent(f"no connection within {DIAL_S:g} s"))
+                except PeerError as exc:
+                    self._note_end(peer, exc)
+        finally:
+            del self._dialling[peer]
+            self.poke.set()
+        try:
+            if stream is not None and not scope.cancelled_caught and peer not in self.links:
+                framed = Framed(
+                    stream, CODEC, max_header=MAX_SWARM_HEADER, max_payload=BLOCK_BYTES, read_size=BLOCK_BYTES
+                )
+                await self._run_link(self._add_link(peer, framed, dialled=True))
+        finally:
+            if stream is not None:
+                await close_quietly(stream)
+
+    def _note_end(self, peer: NodeId, error: PeerError | None) -> None:
+        self._standings.ended(peer, trio.current_time(), grave=isinstance(error, ProtocolError))
+        if isinstance(error, ProtocolError):
+            log.warning("%s: %s broke the protocol: %s", self.manifest.name, peer.short, error)
+        elif error is not None:
+            log.debug("%s: link to %s ended: %s", self.manifest.name, peer.short, error)
+
+    def _ban(self, link: Link) -> None:
+        log.warning("%s: %s sent bad data again and is not asked for a while", self.manifest.name, link.peer.short)
+        self._standings.ban(link.peer, trio.current_time())
+        link.drop()
+
+    # The task that dials and watches the clock
+
+    async def _drive(self) -> None:
+        assert self._nursery is not None
+        while True:
+            self.poke = trio.Event()
+            now = trio.current_time()
+            if self.tracker is not None and not self.tracker.complete and not self._stopping:
+                self._leave_slow(now)
+                self.fill_all()
+                for peer in self._to_dial(now):
+                    self._dialling[peer] = trio.CancelScope()
+                    self._nursery.start_soon(self._dial, peer)
+            deadline = self._next_deadline(now)
+            with trio.move_on_at(deadline) as scope:
+                await self.poke.wait()
+            if scope.cancelled_caught and self._complete is not None and not self.links:
+                return
+
+    def _next_deadline(self, now: float) -> float:
+        if self._complete is not None:
+            return math.inf if self.links else now + IDLE_S
+        if self.tracker is None or self.tracker.complete:
+            return math.inf
+        idle = [p for p in self._holders if p not in self.links and p not in self._dialling]
+        return min(self._standings.next_change(idle, now), self.tracker.next_deadline(now))
+
+    def _leave_slow(self, now: float) -> None:
+        assert self.tracker is not None
+        for name in self.tracker.expire(now):
+            link = self.links.pop(NodeId(name))
+            log.info("%s: %s is too slow, its pieces are asked elsewhere", self.manifest.name, link.peer.short)
+            self._note_end(link.peer, PeerSilent("stalled"))
+            self._forget(link)
+            link.drop()
+
+    def _to_dial(self, now: float) -> list[NodeId]:
+        room = MAX_LINKS - len(self.links) - len(self._dialling)
+        due = [
+            peer
+            for peer in sorted(self._holders)
+            if peer not in self.links and peer not in self._dialling and self._may_dial(peer, now)
+        ]
+        return due[: max(0, room)]
+
+    def _may_dial(self, peer: NodeId, now: float) -> bool:
+        if self._standings.forgiven(peer, now) and self.tracker is not None:
+            self.tracker.forgive(peer)
+        return self._standings.may_be_dialled(peer, now)
+
+    # What comes
+
+    async def on_effect(self, link: Link, effect: Effect) -> None:
+        """Called by a link, which waits: so a few received chunks a link are in memory at most."""
+        if self.links.get(link.peer) is not link:
+            return
+        tracker = self.tracker
+        if tracker is not None:
+            match effect:
+                case Joined(has, fetching):
+                    tracker.peer_joined(link.peer)
+                    tracker.peer_has(link.peer, has)
+                    tracker.peer_fetching(link.peer, fetching)
+                case Updated(has, fetching):
+                    tracker.peer_has(link.peer, has)
+                    tracker.peer_fetching(link.peer, fetching)
+                    self._ask_rarer(tracker, link.peer, has)
+                case Progress(n_bytes):
+                    tracker.progress(link.peer, trio.current_time(), n_bytes)
+                    self.came(n_bytes)
+                case Refused(piece):
+                    self._taken_back(link.peer, piece)
+                    tracker.rejected(link.peer, piece)
+                    self.poke.set()
+                case Received():
+                    await self._take(link, tracker, effect)
+            self._fill(link)
+        if isinstance(effect, Joined | Updated):
+            self._end_if_done(link)
+
+    def _ask_rarer(self, tracker: PieceTracker, peer: NodeId, has: Sequence[int]) -> None:
+        """What `peer` can give now need not be waited for at those who have what nobody else has."""
+        for other, piece in tracker.better_elsewhere(peer, has):
+            link = self.links.get(NodeId(other))
+            if link is not None:
+                link.conversation.cancel(piece)
+                link.wake()
+                tracker.returned(other, piece)
+                self._fill(link)
+
+    def _taken_back(self, source: str, piece: int) -> None:
+        if self._arrivals is not None:
+            self._arrivals.drop(source, piece)
+
+    async def _take(self, link: Link, tracker: PieceTracker, came: Received) -> None:
+        if came.last:
+            tracker.arrived(link.peer, came.piece)
+        if await self.found(link.peer, came) is Found.BAD:
+            if tracker.bad(link.peer, came.piece):
+                self._ban(link)
+            self.fill_all()
+
+    async def found(self, source: str, came: Received) -> Found:
+        if self._arrivals is None or self.failure is not None:
+            return Found.MORE
+        try:
+            found = await self._arrivals.take(source, came)
+        except (DiskFull, OSError) as exc:
+            self._fail(exc)
+            return Found.MORE
+        if found is Found.BAD:
+            log.warning("%s: piece %d from %s is not what it should be", self.manifest.name, came.piece, source[:10])
+        return found
+
+    async def _write(self, arrivals: Arrivals) -> None:
+        try:
+            await arrivals.run()
+        except (DiskFull, OSError) as exc:
+            self._fail(exc)
+
+    def _durable(self, source: str, piece: int) -> None:
+        """A piece is here for good."""
+        tracker = self.tracker
+        if tracker is None:
+            return
+        self._standings.useful(source)
+        self.traffic.from_each_peer[source] += self._lengths[piece]
+        self.have.add(piece)
+        if self._part is not None:
+            self._part.have.add(piece)
+        for peer, _ in tracker.finished(piece):
+            other = self.links.get(NodeId(peer)) if peer != OUTSIDE else None
+            if other is not None:
+                other.conversation.cancel(piece)
+                self._fill(other)
+        for other in self.links.values():
+            other.conversation.we_have([piece])
+            other.conversation.we_fetch(tracker.fetching)
+            other.wake()
+        self.poke.set()
+        self._on_piece()
+        if tracker.complete:
+            self.leeched.set()
+            for other in list(self.links.values()):
+                self._end_if_done(other)
+
+    def came(self, n_bytes: int) -> None:
+        """Counts for the rate."""
+        now = trio.current_time()
+        self._forget_old(now)
+        if n_bytes:
+            self._recent.append((now, n_bytes))
+
+    @property
+    def dialling(self) -> bool:
+        """Peers are about to be connected."""
+        return any(peer not in self.links for peer in self._dialling)
+
+    def tell_fetching(self, tracker: PieceTracker) -> None:
+        for other in self.links.values():
+            other.conversation.we_fetch(tracker.fetching)
+            other.wake()
+
+    def _fail(self, exc: TightwadError | OSError) -> None:
+        if isinstance(exc, OSError):
+            exc = TightwadError(f"{self.manifest.name} cannot be written: {exc.strerror or exc}")
+        self.failure = self.failure or exc
+        self.leeched.set()
+
+    def _fill(self, link: Link) -> None:
+        """Asks a peer for as much as it should be asked for now."""
+        tracker = self.tracker
+        if tracker is None or self.failure is not None or self.links.get(link.peer) is not link:
+            return
+        asked = False
+        while link.conversation.may_ask and link.peer in tracker.peers:
+            piece = tracker.choose(link.peer, trio.current_time())
+            if piece is None:
+                break
+            if link.conversation.is_asked(piece):  # cancelled, and the answer still on its way
+                tracker.returned(link.peer, piece)
+                break
+            link.conversation.request(piece)
+            asked = True
+        if asked:
+            self.tell_fetching(tracker)
+            self.poke.set()
+
+    def fill_all(self) -> None:
+        for link in list(self.links.values()):
+            self._fill(link)
+
+    def _end_if_done(self, link: Link) -> None:
+        if len(self.have) == len(self._lengths) and link.conversation.peer_complete:
+            link.bye("complete")
+
+    # What goes
+
+    async def read(self, piece: int, offset: int) -> bytes | None:
+        """The next bytes of a piece for a peer, at most `READ_BYTES`; None if they are no longer what they were, in
+        which case nothing more is offered."""
+        if piece not in self.have:
+            return None
+        source = self._complete or self._part
+        assert source is not None
+        n_bytes = min(READ_BYTES, self._lengths[piece] - offset)
+        data = await trio.to_thread.run_sync(source.read, piece, offset, n_bytes)
+        if data is None and self._complete is source:
+            self._on_damage()
+            self.stop("the file changed")
+        return data
+
+    def copies(self, piece: int) -> int:
+        """How many connected peers have it."""
+        return sum(link.conversation.peer_has(piece) for link in self.links.values())
+
+    def uploaded(self, link: Link, n_bytes: int) -> None:
+        self.traffic.to_each_peer[link.peer] += n_bytes

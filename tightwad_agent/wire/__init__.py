@@ -1,0 +1,1 @@
+"""Bytes between nodes: framing and typed messages. Pure."""
