@@ -87,10 +87,6 @@ def events(agent: Agent) -> list[str]:
     return [str(e["text"]) for e in agent.status()["events"]]
 
 
-def deaths(agent: Agent) -> list[str]:
-    return [e for e in events(agent) if re.search(r"is (dead|suspect)", e)]
-
-
 SLOW: list[str] = []
 FAST = ("192.168.77.1", "192.168.77.2")
 
@@ -102,7 +98,7 @@ def test_on_one_network_that_is_what_is_used(lab: Lab) -> None:
     a, b = lab.agents
     a.wait(both_use(lab, (SLOW[0], SLOW[1])), "for the link over the only network", PULLED_S)
     measured = a.wait(lambda: peer(a, b)["paths"][0]["mbit_s"], "for a rate", 60)
-    assert measured == pytest.approx(SLOW_MBIT, rel=0.5)
+    assert SLOW_MBIT / 10 < measured < 1.5 * SLOW_MBIT, "a starved machine measures too little, none too much"
 
 
 def test_a_cable_that_is_plugged_in_is_used_and_said(lab: Lab, fast: FastNetwork) -> None:
@@ -115,8 +111,8 @@ def test_a_cable_that_is_plugged_in_is_used_and_said(lab: Lab, fast: FastNetwork
     assert len(said) == 1
     paths = peer(a, b)["paths"]
     assert [p["in_use"] for p in paths][:2] == [True, False]
-    assert paths[0]["mbit_s"] > 4 * SLOW_MBIT
-    assert deaths(a) == deaths(b) == []
+    assert paths[0]["mbit_s"] > 1.5 * SLOW_MBIT
+    assert not [e for e in events(a) + events(b) if "is dead" in e]
 
 
 def test_a_cable_that_is_pulled_is_left_at_once(lab: Lab, fast: FastNetwork) -> None:
@@ -140,6 +136,7 @@ def test_a_cut_that_nobody_sees_is_noticed_by_silence(lab: Lab, fast: FastNetwor
     a.wait(both_use(lab, (SLOW[0], SLOW[1])), "for the links over what is left", PULLED_S)
     for agent in (a, b):
         assert len([e for e in events(agent) if "is dead" in e]) == before[agent.name]
-    assert any("is silent" in e for e in events(a) + events(b))
+    why = rf"{re.escape(FAST[0][:-1])}\S* (is silent|does not answer)"
+    assert any(re.search(why, e) for e in events(a) + events(b))
     fast.mend()
     a.wait(both_use(lab, FAST), "for the links over the fast network", 8 * PLUGGED_S)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -37,8 +39,9 @@ DEADLINE_S = 60
 class Watched:
     """The verifier, and all that it says to requests: `heard` has one list for each."""
 
-    def __init__(self, client: VerifierClient) -> None:
+    def __init__(self, client: VerifierClient, pid: int) -> None:
         self._client = client
+        self._pid = pid
         self.heard: list[list[VerifierEvent]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -54,6 +57,18 @@ class Watched:
 
         return self._client.open(*args, deliver=noted, **more)
 
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[list[int]]:
+        """The process stands still, and what it said before has been heard: so many events of each request."""
+        os.kill(self._pid, signal.SIGSTOP)
+        try:
+            seen: list[int] | None = None
+            while seen != (seen := [len(events) for events in self.heard]):
+                await trio.sleep(0.1)
+            yield seen
+        finally:
+            os.kill(self._pid, signal.SIGCONT)
+
 
 @asynccontextmanager
 async def loaded(engine_dir: Path, model: Path, tmp_path: Path) -> AsyncIterator[Watched]:
@@ -61,12 +76,13 @@ async def loaded(engine_dir: Path, model: Path, tmp_path: Path) -> AsyncIterator
     client = VerifierClient(ours)
     async with trio.open_nursery() as nursery:
         fd = theirs.fileno()
-        async with Spawner(nursery, tmp_path).running("verifier", by_verifier.command(fd), pass_fds=(fd,)):
+        spawner = Spawner(nursery, tmp_path)
+        async with spawner.running("verifier", by_verifier.command(fd), pass_fds=(fd,)) as child:
             theirs.close()
             nursery.start_soon(client.run)
             client.load(Load(str(engine_dir), str(model), 2048, threads=1))
             await until(lambda: client.loaded)
-            yield Watched(client)
+            yield Watched(client, child.pid)
         nursery.cancel_scope.cancel()
 
 
@@ -134,14 +150,14 @@ async def test_a_client_that_hangs_up_costs_one_round_more_at_most(verifier: Wat
 
 
 async def hang_up(there: Endpoint, verifier: Watched, body: dict[str, Any]) -> None:
-    """While the verifier goes on by itself; then it must be over there too, not only here."""
+    """Noticed while the verifier says nothing; then it must be over there too, not only here."""
     verifier.heard.clear()
     there.timings.clear()
     connection = await there.ask(max_tokens=1500, ignore_eos=True, **body)
     await until(lambda: sum(map(len, verifier.heard)) > 8)
-    before = [len(events) for events in verifier.heard]
-    await connection.aclose()
-    await until(lambda: not there.generator.live)
+    async with verifier.held() as before:
+        await connection.aclose()
+        await until(lambda: not there.generator.live)
     assert len(before) == body.get("n", 1)
     after = [len(events) for events in verifier.heard]
     assert all(now - known <= 1 for now, known in zip(after, before, strict=True)), (body, before, after)
