@@ -27,8 +27,8 @@ COUNT = [{"role": "user", "content": "Count from one to ten."}]
 STORY = "Once upon a time in a small village,"
 PARTY = "Smile: 😀 Party: 🎉 " * 10 + "Smile:"
 EMOJI = " 😀 Party: 🎉 Smile: 😀 Party: 🎉"
-"""What the demo model says after it: 16 tokens, none of which is a whole emoji. After three it still has doubts,
-and other processors, which add in another order, make other answers."""
+"""What the demo model says after it: 16 tokens, none of which is a whole emoji. After three rounds it has
+doubts, and other processors, which add in another order, make other answers."""
 AGAIN = "one two three " * 8
 SPECULATION = {"rounds", "drafted", "accepted", "acceptance_at", "tokens_per_round", "draft_ms", "verify_ms", "hidden"}
 

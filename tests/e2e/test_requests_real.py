@@ -155,20 +155,18 @@ async def hang_up(there: Endpoint, verifier: Watched, body: dict[str, Any]) -> N
     there.timings.clear()
     connection = await there.ask(max_tokens=1500, ignore_eos=True, **body)
     await until(lambda: sum(map(len, verifier.heard)) > 8)
-    async with verifier.held() as before:
+    async with verifier.held() as heard:
         await connection.aclose()
         await until(lambda: not there.generator.live)
-    assert len(before) == body.get("n", 1)
-    after = [len(events) for events in verifier.heard]
-    assert all(now - known <= 1 for now, known in zip(after, before, strict=True)), (body, before, after)
+    assert len(heard) == body.get("n", 1)
     following: list[VerifierEvent] = []
     prompt = await verifier.tokenize(b"Another one")
     request = verifier.open(prompt, GREEDY, max_tokens=5, deliver=following.append)
     request.round(len(prompt) + 1, [], 10)
     await until(lambda: following and isinstance(following[-1], Accepted) and following[-1].ended)
     assert [event.requests for event in following if isinstance(event, Accepted)] == [1] * 5, "passes of its own"
-    assert [len(events) for events in verifier.heard[:-1]] == after, "nothing came for those who left"
-    assert sorted(t.n_generated for t in there.timings) == sorted(after)
+    assert [len(events) for events in verifier.heard[:-1]] == heard, "nothing came for those who left"
+    assert sorted(t.n_generated for t in there.timings) == sorted(heard)
 
 
 @dataclass
