@@ -180,6 +180,7 @@ class Mdns:
                 pass  # the agent is ending
 
         self._responder = await trio.to_thread.run_sync(_Responder, sources, heard)
+        self._wake.set()  # its browser may have heard of nodes before it was ours to look them up with
         await self._announce(self._responder)
 
     async def _announce(self, responder: _Responder) -> None:
@@ -251,7 +252,7 @@ class Mdns:
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
-            while self._backlog:
+            while self._backlog and self._responder is not None:
                 name = next(iter(self._backlog))
                 gone = self._backlog.pop(name)
                 if (news := self._news(name, gone)) is not None:
