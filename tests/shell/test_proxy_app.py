@@ -482,7 +482,7 @@ async def leaves(inner, app, up, wait_for_bytes: bool) -> None:
             await trio.sleep(0.001)
         assert not up.closed.is_set()
         await stream.aclose()
-        with trio.fail_after(2):
+        with trio.fail_after(10):
             await up.closed.wait()
 
 

@@ -365,7 +365,7 @@ class TestLeaving:
         await trio.testing.wait_all_tasks_blocked()
         assert not site.cancelled.is_set()
         await stream.aclose()
-        with trio.fail_after(1):
+        with trio.fail_after(10):
             await site.cancelled.wait()
 
     async def test_while_the_body_comes(self, nursery):
@@ -374,7 +374,7 @@ class TestLeaving:
         await stream.send_all(post(b"x" * 100)[:-50])
         await trio.testing.wait_all_tasks_blocked()
         await stream.aclose()
-        with trio.fail_after(1):
+        with trio.fail_after(10):
             await site.cancelled.wait()
 
     async def test_pipelined_bytes_are_no_leaving(self, nursery):
@@ -566,7 +566,7 @@ class TestSockets:
             hard_reset(stream)
         else:
             await stream.aclose()
-        with trio.fail_after(1):
+        with trio.fail_after(10):
             await site.cancelled.wait()
         nursery.cancel_scope.cancel()
 
