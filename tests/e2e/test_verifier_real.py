@@ -227,14 +227,14 @@ class TestExactness:
     def test_a_beginning_is_shared_with_a_request_that_runs(self, child: Child) -> None:
         prompt = child.tokenize("Shared: " + MANY * 3)
         wipe(child)
-        first = child.open(prompt, max_tokens=30)
+        first = child.open(prompt, ENDLESS, max_tokens=30)
         assert child.receive().n_cached == 0
-        answers = child.answers([*prompt, 260], max_tokens=6)
+        answers = child.answers([*prompt, 260], ENDLESS, max_tokens=6)
         assert answers[0].n_cached == len(prompt)
         child.round(first, len(prompt) + 1, free=30)
         rest = [child.receive() for _ in range(29)]
         wipe(child)
-        alone = child.tokens([*prompt, 260], max_tokens=6)
+        alone = child.tokens([*prompt, 260], ENDLESS, max_tokens=6)
         assert difference(child, [*prompt, 260], alone, flat(answers)) <= NOISE
         assert rest[-1].ended is Ended.LENGTH
 
