@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tightwad_agent.ids import NodeId
@@ -51,6 +50,8 @@ from tightwad_agent.mesh.member_events import (
     TellAll,
     Tick,
 )
+from tightwad_agent.mesh.member_judgement import Judgement, OwnHealth
+from tightwad_agent.mesh.member_record import LAN, Peer, Timings
 
 __all__ = [
     "LAN",
@@ -106,73 +107,6 @@ _FATE = {State.ALIVE: Fate.ALIVE, State.DEAD: Fate.DEAD, State.LEFT: Fate.LEFT}
 _STATE = {fate: state for state, fate in _FATE.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds. A silent death is known after `suspect_s + confirm_s` of silence, a killed process after one refused
-    redial. `late_s`: the own loop may be late this much before it is noticed; after a stall, what came meanwhile is
-    read within `unread_s`."""
-
-    heartbeat_s: float = 1.0
-    suspect_s: float = 2.5
-    confirm_s: float = 1.5
-    ask_s: float = 0.6
-    echo_slack_s: float = 0.3
-    probe_s: float = 0.5
-    vouch_s: float = 1.2
-    refused_s: float = 0.25
-    redial_s: float = 1.0
-    redial_dead_s: float = 2.0
-    late_s: float = 0.25
-    unread_s: float = 0.1
-    max_stretch: float = 8.0
-    stretch_half_life_s: float = 0.5
-    sync_s: float = 1.0
-    max_sync_s: float = 30.0
-    n_helpers: int = 3
-
-
-LAN: Final = Timings()
-
-
-@dataclass(slots=True)
-class _Peer:
-    """What is known of one other node; times are -inf where nothing happened yet."""
-
-    node: NodeId
-    incarnation: int
-    fate: Fate
-    shown: State | None = None
-    reach: Reach = Reach.NONE
-    since: float = -math.inf
-    reason: str = ""
-    linked: bool = False
-    heard: float = -math.inf  # it reached us
-    echo: float = -math.inf  # we reached it, as it says
-    indirect: float = -math.inf  # it lived, as others say
-    credit: float = 0.0  # of the silence since, this much was our own stall
-    broken_at: float = -math.inf
-    refused_at: float | None = None
-    accused: tuple[int, Fate] | None = None  # a record that others hold and we know better than
-    vouchers: dict[NodeId, float] = field(default_factory=dict)  # say they reach it themselves: until when that holds
-    asked: set[NodeId] = field(default_factory=set)  # have not answered yet
-    n_asks: int = 0
-    next_probe: float = -math.inf
-    next_ask: float = -math.inf
-    next_redial: float = -math.inf
-    wake: float = math.inf
-    sync_pair: tuple[bytes, bytes] | None = None
-    sync_at: float = -math.inf
-    sync_wait: float = 0.0
-
-    @property
-    def record(self) -> tuple[int, Fate]:
-        return (self.incarnation, self.fate)
-
-    @property
-    def is_accused(self) -> bool:
-        return self.accused is not None and self.accused > self.record
-
-
 class Members:
     """The table of one node. `incarnation` must be greater than any this node ever used (persisted + 1)."""
 
@@ -181,20 +115,20 @@ class Members:
         self.incarnation = incarnation
         self._t = timings
         self._left = False
-        self._peers: dict[NodeId, _Peer] = {}
+        self._peers: dict[NodeId, Peer] = {}
         self._forgotten: dict[NodeId, int] = {}
         self._digest: bytes | None = None
         self._next_beat = now
         self._due = now
-        self._resumed_at = -math.inf
-        self._strain = 0.0
-        self._strain_at = now
         self._now = now
+        self._own = OwnHealth(timings, now)
+        self._judge = Judgement(timings, self._own)
         self._effects: list[Effect] = []
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Takes one event; the effects are to be carried out in order."""
         self._effects = []
+        self._now = now
         self._notice_own_lateness(now)
         _HANDLERS[type(event)](self, event, now)
         if now >= self._next_beat:
@@ -225,35 +159,20 @@ class Members:
             )
             for p in self._peers.values()
         ]
-        return Snapshot(self.me, self.incarnation, self._left, self._stretch(self._now), tuple(peers))
+        return Snapshot(self.me, self.incarnation, self._left, self._own.stretch(self._now), tuple(peers))
 
     # The own machine
 
     def _notice_own_lateness(self, now: float) -> None:
-        late = now - self._due
-        stalled = now - self._now
-        self._now = now
-        if late < self._t.late_s:
-            return
-        self._strained(late, now)
-        self._resumed_at = now
-        for peer in self._peers.values():  # while we did not run, nobody was silent
-            peer.credit += stalled
-            if peer.refused_at is not None:
-                peer.refused_at = min(now, peer.refused_at + stalled)
-
-    def _strained(self, late: float, now: float) -> None:
-        strain = self._stretch(now) - 1.0 + late / self._t.heartbeat_s
-        self._strain = min(strain, self._t.max_stretch - 1.0)
-        self._strain_at = now
-
-    def _stretch(self, now: float) -> float:
-        if self._strain == 0.0:
-            return 1.0
-        return 1.0 + self._strain * math.exp2((self._strain_at - now) / self._t.stretch_half_life_s)
+        stalled_s = self._own.notice(now, self._due)
+        if stalled_s is not None:
+            for peer in self._peers.values():  # while we did not run, nobody was silent
+                peer.forgive(stalled_s, now)
 
     def _beat(self, now: float) -> None:
-        if now == self._resumed_at:  # once more as soon as what lay unread is read: others hear that they were heard
+        if (
+            now == self._own.resumed_at
+        ):  # once more as soon as what lay unread is read: others hear that they were heard
             self._next_beat = now + self._t.unread_s
         else:
             self._next_beat = max(self._next_beat + self._t.heartbeat_s, now + self._t.heartbeat_s / 2)
@@ -263,7 +182,7 @@ class Members:
             if peer.linked:
                 self._send_heartbeat(peer, now)
 
-    def _send_heartbeat(self, peer: _Peer, now: float) -> None:
+    def _send_heartbeat(self, peer: Peer, now: float) -> None:
         # after a stall, what others sent meanwhile lies unread: that they were heard long ago says nothing of the way
         ago = min(max(now - peer.heard - peer.credit, 0.0), NEVER_S)
         self._effects.append(SendHeartbeat(peer.node, self.incarnation, self._own_digest(), ago))
@@ -284,7 +203,7 @@ class Members:
 
     def _on_local_late(self, event: LocalLate, now: float) -> None:
         if event.late_s >= self._t.late_s:
-            self._strained(event.late_s, now)
+            self._own.strained(event.late_s, now)
 
     def _on_leave(self, _event: LeaveRequested, _now: float) -> None:
         if not self._left:
@@ -365,7 +284,7 @@ class Members:
     def _on_heard(self, event: Heard, now: float) -> None:
         self._hear(event.node, now)
 
-    def _hear(self, node: NodeId, now: float) -> _Peer | None:
+    def _hear(self, node: NodeId, now: float) -> Peer | None:
         peer = self._peers.get(node)
         if peer is None or not peer.linked:
             return None
@@ -387,7 +306,7 @@ class Members:
         if event.digest != self._own_digest():
             self._sync(peer, event.digest, now)
 
-    def _sync(self, peer: _Peer, theirs: bytes, now: float) -> None:
+    def _sync(self, peer: Peer, theirs: bytes, now: float) -> None:
         """Views differ: tell ours, less and less often while neither changes."""
         pair = (self._own_digest(), theirs)
         if pair != peer.sync_pair:
@@ -413,8 +332,8 @@ class Members:
         if event.about == self.me:
             reachable, ago = True, 0.0
         elif peer is not None:
-            reachable = peer.fate is Fate.ALIVE and self._in_contact(peer, now)
-            ago = min(max(now - self._evidence(peer), 0.0), NEVER_S)
+            reachable = peer.fate is Fate.ALIVE and self._judge.in_contact(peer, now)
+            ago = min(max(now - self._judge.evidence(peer), 0.0), NEVER_S)
         self._effects.append(Answer(event.node, event.about, event.asked_at, reachable, ago))
 
     def _on_answered(self, event: Answered, now: float) -> None:
@@ -474,7 +393,7 @@ class Members:
             return
         if fate is Fate.ALIVE:
             self._learn_incarnation(peer, rumour.incarnation, now)
-        elif source != rumour.node and now < self._hearsay_counts_at(peer, source):
+        elif source != rumour.node and now < self._judge.hearsay_counts_at(peer, source):
             peer.accused = (rumour.incarnation, fate)
             for node in [peer.node] if peer.linked else sorted(peer.vouchers):
                 self._effects.append(Tell(node, (rumour,)))
@@ -483,28 +402,16 @@ class Members:
             left = "left the cluster"
             self._gone(peer, fate, left if fate is Fate.LEFT else f"{source.short} saw it die", now, announce=False)
 
-    def _hearsay_counts_at(self, peer: _Peer, source: NodeId | None = None) -> float:
-        """From when on others' word that it is gone is believed: not while our own link may still prove the opposite,
-        nor while somebody else than the teller reaches it."""
-        if peer.fate is not Fate.ALIVE:
-            return -math.inf
-        if peer.linked:
-            own = self._evidence(peer) + self._t.suspect_s + self._t.confirm_s
-        else:
-            own = self._contact(peer) + self._t.suspect_s
-        unread = self._resumed_at + self._t.ask_s  # after a stall, what contradicts it may not be read yet
-        return max(own, unread, *(until for v, until in peer.vouchers.items() if v != source))
-
     # Records
 
-    def _peer(self, node: NodeId, incarnation: int, fate: Fate) -> _Peer | None:
+    def _peer(self, node: NodeId, incarnation: int, fate: Fate) -> Peer | None:
         peer = self._peers.get(node)
         if peer is None and node != self.me and len(self._peers) < MAX_NODES:
-            peer = self._peers[node] = _Peer(node, incarnation, fate)
+            peer = self._peers[node] = Peer(node, incarnation, fate)
             self._digest = None
         return peer
 
-    def _learn_incarnation(self, peer: _Peer, incarnation: int, now: float) -> None:
+    def _learn_incarnation(self, peer: Peer, incarnation: int, now: float) -> None:
         """The node lives at `incarnation`, if that is news."""
         if incarnation <= peer.incarnation:
             return
@@ -521,7 +428,7 @@ class Members:
             peer.next_ask = peer.next_redial = now
         self._review(peer, now)
 
-    def _gone(self, peer: _Peer, fate: Fate, reason: str, now: float, *, announce: bool) -> None:
+    def _gone(self, peer: Peer, fate: Fate, reason: str, now: float, *, announce: bool) -> None:
         peer.fate = fate
         self._digest = None
         peer.vouchers.clear()
@@ -538,36 +445,22 @@ class Members:
 
     # Opinions
 
-    def _contact(self, peer: _Peer) -> float:
-        """When two-way contact was last proved."""
-        return min(peer.heard, peer.echo + self._t.echo_slack_s)
-
-    def _evidence(self, peer: _Peer) -> float:
-        return max(self._contact(peer), peer.indirect)
-
-    def _in_contact(self, peer: _Peer, now: float) -> bool:
-        return peer.linked and now - self._contact(peer) < self._t.suspect_s
-
-    def _review(self, peer: _Peer, now: float) -> None:
+    def _review(self, peer: Peer, now: float) -> None:
         """Brings the opinion up to date, does what is due, and sets when to look again."""
         if peer.fate is not Fate.ALIVE:
             self._review_gone(peer, now)
             return
-        silent_at = self._contact(peer) + self._patience(peer, self._t.suspect_s, now)
+        silent_at = self._judge.silent_at(peer, now)
         if peer.linked and now < silent_at:
             if peer.reach is not Reach.DIRECT or peer.shown is not State.ALIVE:
                 self._show(peer, State.ALIVE, Reach.DIRECT, "connected", now)
             peer.wake = silent_at
         else:
             self._review_silent(peer, now)
-        if self._stretch(now) > 1.01:
+        if self._own.stretch(now) > 1.01:
             peer.wake = min(peer.wake, now + self._t.probe_s)
 
-    def _patience(self, peer: _Peer, span_s: float, now: float) -> float:
-        """What `span_s` of silence comes to when our own lateness is allowed for; others' certainty ends that."""
-        return span_s if peer.is_accused else span_s * self._stretch(now) + peer.credit
-
-    def _review_gone(self, peer: _Peer, now: float) -> None:
+    def _review_gone(self, peer: Peer, now: float) -> None:
         if peer.fate is Fate.LEFT or peer.linked:
             peer.wake = math.inf
             return
@@ -575,14 +468,13 @@ class Members:
             self._redial(peer, now)
         peer.wake = peer.next_redial
 
-    def _review_silent(self, peer: _Peer, now: float) -> None:
-        refused_at = self._refusal_counts_at(peer)
+    def _review_silent(self, peer: Peer, now: float) -> None:
+        refused_at = self._judge.refusal_counts_at(peer)
         if now >= refused_at:
             reason = "its process is gone: the connection broke, a new one was refused"
             self._gone(peer, Fate.DEAD, reason, now, announce=True)
             return
-        dead_at = self._dead_at(peer, now)
-        doubtful_at = min(dead_at, peer.indirect + self._patience(peer, self._t.suspect_s, now))
+        dead_at, doubtful_at = self._judge.dead_at(peer, now), self._judge.doubtful_at(peer, now)
         if peer.indirect > peer.broken_at and now < doubtful_at:
             dead_at = doubtful_at
             if peer.reach is not Reach.INDIRECT or peer.shown is not State.ALIVE:
@@ -590,48 +482,33 @@ class Members:
         else:
             self._suspect(peer, now)
             # nobody dies before others were asked and had the time to answer
-            dead_at = max(dead_at, max(peer.since, self._resumed_at) + self._t.ask_s)
+            dead_at = max(dead_at, max(peer.since, self._own.resumed_at) + self._t.ask_s)
             if now >= dead_at:
-                reason = f"no sign of life for {now - self._evidence(peer):.1f} s"
-                self._gone(peer, Fate.DEAD, reason, now, announce=not self._everyone_silent(now))
+                reason = f"no sign of life for {now - self._judge.evidence(peer):.1f} s"
+                self._gone(
+                    peer, Fate.DEAD, reason, now, announce=not self._judge.everyone_silent(self._peers.values(), now)
+                )
                 return
         self._investigate(peer, now)
         peer.wake = min(dead_at, refused_at, peer.next_probe, peer.next_ask, peer.next_redial)
 
-    def _dead_at(self, peer: _Peer, now: float) -> float:
-        own = self._evidence(peer) + self._patience(peer, self._t.suspect_s + self._t.confirm_s, now)
-        return min(own, self._hearsay_counts_at(peer)) if peer.is_accused else own
-
-    def _refusal_counts_at(self, peer: _Peer) -> float:
-        """A broken link and a refused redial mean a dead process, unless somebody still reaches it."""
-        if peer.linked or peer.refused_at is None or self._evidence(peer) > peer.broken_at:
-            return math.inf
-        patience = peer.refused_at + (self._t.refused_s if peer.asked else 0.0)
-        return max(patience, *peer.vouchers.values(), -math.inf)
-
-    def _suspect(self, peer: _Peer, now: float) -> None:
+    def _suspect(self, peer: Peer, now: float) -> None:
         if peer.shown is State.SUSPECT:
             return
         if peer.linked:
-            reason = f"silent for {now - self._contact(peer):.1f} s"
+            reason = f"silent for {now - self._judge.contact(peer):.1f} s"
         else:
             reason = peer.reason if peer.broken_at > -math.inf else "heard of, not reached yet"
         self._show(peer, State.SUSPECT, Reach.NONE, reason, now)
         peer.next_probe = peer.next_ask = peer.next_redial = now
-        if not self._everyone_silent(now):
+        if not self._judge.everyone_silent(self._peers.values(), now):
             self._effects.append(TellAll((Rumour(peer.node, State.SUSPECT, peer.incarnation),)))
 
-    def _vouched_text(self, peer: _Peer) -> str:
+    def _vouched_text(self, peer: Peer) -> str:
         via = ", ".join(v.short for v in sorted(peer.vouchers)) or "others"
         return f"not reachable from here, but from {via}"
 
-    def _everyone_silent(self, now: float) -> bool:
-        """More than half of the linked peers at once: the fault is likelier here, so nobody is accused."""
-        linked = [p for p in self._peers.values() if p.linked and p.fate is Fate.ALIVE]
-        n_silent = sum(not self._in_contact(p, now) for p in linked)
-        return 2 * n_silent > len(linked)
-
-    def _investigate(self, peer: _Peer, now: float) -> None:
+    def _investigate(self, peer: Peer, now: float) -> None:
         if not peer.linked:
             peer.next_probe = math.inf
         elif now >= peer.next_probe:
@@ -642,13 +519,13 @@ class Members:
         if now >= peer.next_redial:
             self._redial(peer, now)
 
-    def _ask(self, peer: _Peer, now: float) -> None:
+    def _ask(self, peer: Peer, now: float) -> None:
         peer.next_ask = now + self._t.probe_s
-        able = [p.node for p in self._peers.values() if p is not peer and self._in_contact(p, now)]
+        able = [p.node for p in self._peers.values() if p is not peer and self._judge.in_contact(p, now)]
         peer.asked = set(self._pick_helpers(peer, able))
         self._effects.extend(Ask(helper, peer.node, now) for helper in sorted(peer.asked))
 
-    def _pick_helpers(self, peer: _Peer, able: Iterable[NodeId]) -> list[NodeId]:
+    def _pick_helpers(self, peer: Peer, able: Iterable[NodeId]) -> list[NodeId]:
         """Those that reached it last time, then the others in turn."""
         others = sorted(able)
         known = [v for v in others if v in peer.vouchers][:1]
@@ -659,11 +536,11 @@ class Members:
         peer.n_asks += 1
         return (known + rest)[: self._t.n_helpers]
 
-    def _redial(self, peer: _Peer, now: float) -> None:
+    def _redial(self, peer: Peer, now: float) -> None:
         peer.next_redial = now + (self._t.redial_s if peer.fate is Fate.ALIVE else self._t.redial_dead_s)
         self._effects.append(Redial(peer.node))
 
-    def _show(self, peer: _Peer, state: State, reach: Reach, reason: str, now: float) -> None:
+    def _show(self, peer: Peer, state: State, reach: Reach, reason: str, now: float) -> None:
         old = peer.shown
         peer.shown, peer.reach, peer.reason = state, reach, reason
         if old is not state:
