@@ -7,9 +7,7 @@ are put together, and here is what the other parts of the agent see.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,11 @@ from typing import Any
 
 import trio
 
-from tightwad_agent.errors import PeerError, PeerRefused, PeerUnreachable, ProtocolError, TightwadError
+from tightwad_agent.errors import PeerError, PeerUnreachable, ProtocolError
 from tightwad_agent.events import Kind, Tell, of_kind
 from tightwad_agent.ids import Address, Epoch, NodeId
-from tightwad_agent.mesh import calls, certs, election, gauge, leaf, linker, members, netif, netwatch, roles
-from tightwad_agent.mesh.advert import Advert, cluster_hash, of_row
+from tightwad_agent.mesh import calls, certs, election, gauge, leaf, linker, members, netif, roles
+from tightwad_agent.mesh.advert import Advert, of_row
 from tightwad_agent.mesh.contacts import Contacts
 from tightwad_agent.mesh.deny_book import DenyBook
 from tightwad_agent.mesh.enrol import Registrar, hello_of
@@ -29,16 +27,20 @@ from tightwad_agent.mesh.gatekeeper import Gatekeeper
 from tightwad_agent.mesh.identity import Identity
 from tightwad_agent.mesh.ledger import Ledger
 from tightwad_agent.mesh.links import Links, Services, Visitor, open_listeners
+from tightwad_agent.mesh.local_stream import LocalStreams
 from tightwad_agent.mesh.machines import Machines
-from tightwad_agent.mesh.mdns import Gone, Mdns, News, Sighting
+from tightwad_agent.mesh.mdns import Sighting
 from tightwad_agent.mesh.memory import Memory
+from tightwad_agent.mesh.neighbours import Neighbours
+from tightwad_agent.mesh.own_addresses import OwnAddresses
 from tightwad_agent.mesh.path_keeper import PathKeeper
 from tightwad_agent.mesh.paths import PathView
+from tightwad_agent.mesh.row_exchange import RowExchange
 from tightwad_agent.mesh.rows import RowBook
 from tightwad_agent.mesh.session import Session
 from tightwad_agent.mesh.telling import Note, Telling
 from tightwad_agent.pulse import Pulse
-from tightwad_agent.streams import MethodHandler, StreamHandler, close_quietly
+from tightwad_agent.streams import MethodHandler, StreamHandler
 from tightwad_agent.wire import control
 from tightwad_agent.wire.handshake import Hello, RememberedPeer
 from tightwad_agent.wire.rows import NodeRow, Role, ServeRecord, Stamp
@@ -46,14 +48,9 @@ from tightwad_agent.wire.rows import NodeRow, Role, ServeRecord, Stamp
 log = logging.getLogger(__name__)
 
 STREAM_DEADLINE_S = 5.0
-MAX_SIGHTINGS = 64
-MAX_STRANGERS = 8
-"""Other clusters that an event tells of; `peers` shows what is seen now."""
-SYNC_PAUSE_S = 2.0
 MAX_VERSION_JUMP = 1_000_000
 MAX_EDITS = 2**53
 """A record beyond these could never be replaced by an honest edit."""
-INTERFACES_PERIOD_S = 5.0
 MAX_TOLD_ADDRESSES = 8
 IDLE_S = 60.0
 MAX_RTT_S = 60.0
@@ -112,13 +109,12 @@ class MeshService:
         self._tell = tell
         self._telling = Telling(self.me)
         self._wake = Pulse()
+        self._local = LocalStreams(self.me, self.streams, self._start)
         self._memory = Memory(me.state, settings.state_dir, tell)
         self._book = RowBook(row)
-        self._rows_digest: bytes | None = None
-        self._synced: dict[NodeId, float] = {}
         self._unresolved = {p.node for p in me.state.peers if p.node != self.me}
-        self._choice = netif.Choice((), ())
-        self._mdns: Mdns | None = None
+        self._own = OwnAddresses(settings.interfaces, settings.port)
+        self._neighbours: Neighbours | None = None
         self._nursery: trio.Nursery | None = None
         self._machines = Machines(self.me, row.incarnation, me.state.epoch, self, self._wake)
         denials = DenyBook(me, wall())
@@ -139,6 +135,7 @@ class MeshService:
             self.me, self._links, self._contacts, self, start=self._start, order=self._dial_order
         )
         self._machines.use(self._linker)
+        self._rows = RowExchange(self._book, self._linker.broadcast, refuses=self._is_denied, taken=self._rows_taken)
         self._gate = Gatekeeper(
             self, denials, self._leaf, self._linker, start=self._start, wall=wall, tell=of_kind(tell, Kind.TRUST)
         )
@@ -181,17 +178,17 @@ class MeshService:
     @property
     def mdns_problem(self) -> str:
         """Why mDNS does not work; empty if it does or is switched off."""
-        return self._mdns.problem if self._mdns else ""
+        return self._neighbours.problem if self._neighbours else ""
 
     @property
     def skipped(self) -> tuple[str, ...]:
         """Interfaces and addresses that are not announced, and why."""
-        return tuple(str(s) for s in self._choice.skipped)
+        return tuple(str(s) for s in self._own.choice.skipped)
 
     @property
     def addresses(self) -> tuple[Address, ...]:
         """Where others may dial this node."""
-        return self._choice.to_dial(self.port)
+        return self._own.all
 
     @property
     def problem(self) -> str:
@@ -251,13 +248,12 @@ class MeshService:
 
     def nearby(self) -> list[Sighting]:
         """Agents of other clusters, as they announce themselves; nothing of it is proved."""
-        mine = cluster_hash(self.identity.cluster)
-        return [s for s in self._mdns.seen.values() if s.cluster_hash != mine] if self._mdns else []
+        return self._neighbours.strangers() if self._neighbours else []
 
     def edit_row(self, change: Callable[[NodeRow], NodeRow]) -> None:
         """Changes the own row and tells everybody, if it differs."""
         if self._book.edit(change):
-            self._tell_own_row()
+            self._rows.tell_own()
             self._refresh_view()
             self.changed.beat()
 
@@ -280,7 +276,7 @@ class MeshService:
     async def open_stream(self, node: NodeId, service: str, args: dict[str, Any]) -> trio.abc.Stream:
         """See `streams.OpenStream`. A stream to this very node does not leave the process."""
         if node == self.me:
-            return self._local_stream(service, args)
+            return self._local.open(service, args)
         addresses = self._dial_order(node)
         if not addresses:
             raise PeerUnreachable(f"no address of {self.name_of(node)} is known")
@@ -302,10 +298,9 @@ class MeshService:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled. Started once it listens. Raises `PortTaken`, `ConfigError`, `EnvironmentFault`."""
-        facts = await trio.to_thread.run_sync(netif.interfaces)
-        self._choice = netif.choose(facts, self._settings.interfaces)
+        await self._own.look()
         listeners = await open_listeners(self._settings.port)
-        self.port = listeners[0].socket.getsockname()[1]
+        self.port = self._own.port = listeners[0].socket.getsockname()[1]
         self.streams[calls.SERVICE] = self._answer_call
         self.streams[gauge.SERVICE] = gauge.GaugeService().serve
         self.methods |= {leaf.METHOD: self._leaf.answer, **self.trust.methods()}
@@ -315,16 +310,12 @@ class MeshService:
             await nursery.start(self._links.serve, listeners, services)
             self.edit_row(lambda row: dataclasses.replace(row, addresses=self.addresses))
             self._seed_contacts()
-            for task in (
-                self._machines.run,
-                self._memory.run,
-                self._watch_interfaces,
-                self._leaf.run,
-                self._paths.run,
-            ):
+            for task in (self._machines.run, self._memory.run, self._leaf.run, self._paths.run):
                 nursery.start_soon(task)
+            nursery.start_soon(self._own.watch, self._moved)
             if self._settings.mdns:
-                self._start_mdns(nursery)
+                self._neighbours = self._listen()
+                nursery.start_soon(self._neighbours.run)
             self._refresh_view()
             task_status.started()
             await self._loop()
@@ -398,57 +389,31 @@ class MeshService:
                 self._machines.member(members.Remembered(peer.node))
         self._gate.begin()
 
-    def _start_mdns(self, nursery: trio.Nursery) -> None:
-        send, receive = trio.open_memory_channel[News](MAX_SIGHTINGS)
-        self._mdns = Mdns(self.me, self._advert, send, interfaces=self._settings.interfaces)
-        nursery.start_soon(self._mdns.run)
-        nursery.start_soon(self._take_sightings, receive)
+    def _listen(self) -> Neighbours:
+        return Neighbours(
+            self.me,
+            lambda: self.identity.cluster,
+            self._advert,
+            interfaces=self._settings.interfaces,
+            ignores=self._is_denied,
+            met=self._sighted,
+            tell=of_kind(self._tell, Kind.MEMBERSHIP),
+        )
 
     def _advert(self) -> Advert:
         return of_row(self._book.own, self.identity.cluster, self.port)
 
-    async def _take_sightings(self, news: trio.MemoryReceiveChannel[News]) -> None:
-        mine = cluster_hash(self.identity.cluster)
-        strangers: set[str] = set()
-        async for item in news:
-            if isinstance(item, Gone):
-                continue  # mDNS is never a failure detector
-            if self._is_denied(item.node):
-                continue
-            if item.cluster_hash == mine:
-                self._contacts.sighted(item.node, item.addresses, trio.current_time())
-                self._wake.beat()
-            elif item.cluster_hash not in strangers and len(strangers) < MAX_STRANGERS:
-                strangers.add(item.cluster_hash)
-                self._tell(
-                    f"{item.advert.name} nearby is of another cluster; to join that one: `tightwad-agent leave` here, "
-                    "`tightwad-agent token create` there",
-                    kind=Kind.MEMBERSHIP,
-                )
+    def _sighted(self, seen: Sighting) -> None:
+        self._contacts.sighted(seen.node, seen.addresses, trio.current_time())
+        self._wake.beat()
 
-    async def _watch_interfaces(self) -> None:
-        """Announces other addresses when the machine's change (a cable, WiFi, a VPN)."""
-        with netwatch.NetWatch() as watch:
-            while True:
-                await watch.change(INTERFACES_PERIOD_S)
-                await self._look_at_interfaces()
-
-    async def _look_at_interfaces(self) -> None:
-        facts = await trio.to_thread.run_sync(netif.interfaces)
-        try:
-            choice = netif.choose(facts, self._settings.interfaces)
-        except TightwadError as exc:
-            log.warning("%s", exc)
-            return
-        before = self.addresses
-        if choice.to_dial(self.port) != before:
-            self._choice = choice
-            self._tell("own addresses are now " + (", ".join(map(str, self.addresses)) or "none"), kind=Kind.LINK)
-            self.edit_row(lambda row: dataclasses.replace(row, addresses=self.addresses))
-            self._paths.own_gone({a.host for a in before} - {a.host for a in self.addresses})
+    def _moved(self, before: Sequence[Address]) -> None:
+        self._tell("own addresses are now " + (", ".join(map(str, self.addresses)) or "none"), kind=Kind.LINK)
+        self.edit_row(lambda row: dataclasses.replace(row, addresses=self.addresses))
+        self._paths.own_gone({a.host for a in before} - {a.host for a in self.addresses})
 
     def _dial_order(self, node: NodeId) -> list[Address]:
-        near_first = netif.same_subnet_first(self._contacts.addresses(node), self._choice.networks)
+        near_first = netif.same_subnet_first(self._contacts.addresses(node), self._own.choice.networks)
         return self._paths.order(node, near_first)
 
     # linker.LinkOwner
@@ -459,7 +424,7 @@ class MeshService:
         self._machines.member(members.LinkUp(session.peer.node, session.peer.hello.incarnation))
         self._paths.link_up(session)
         session.post(control.Coordinates(self._machines.stamp))
-        session.post(control.RowStamps(self._book.stamps()))
+        self._rows.post_stamps(session)
         session.post(control.Record(self.record))
         self._refresh_view()
 
@@ -492,10 +457,7 @@ class MeshService:
 
     def _on_beat(self, session: Session, beat: control.Beat) -> None:
         session.post(control.Echo(beat.sent_us))
-        now, node = trio.current_time(), session.peer.node
-        if beat.rows != self._digest() and now - self._synced.get(node, -SYNC_PAUSE_S) >= SYNC_PAUSE_S:
-            self._synced[node] = now
-            session.post(control.RowStamps(self._book.stamps()))
+        self._rows.on_beat(session, beat.rows, trio.current_time())
 
     def _on_echo(self, session: Session, echo: control.Echo) -> None:
         sample_s = trio.current_time() - echo.sent_us / 1e6
@@ -503,23 +465,20 @@ class MeshService:
             session.heard_rtt(sample_s)
 
     def _on_row_stamps(self, session: Session, m: control.RowStamps) -> None:
-        newer = self._book.newer_than(m.stamps)
-        for i in range(0, len(newer), control.MAX_ROWS_PER_MESSAGE):
-            session.post(control.Rows(newer[i : i + control.MAX_ROWS_PER_MESSAGE]))
+        self._rows.on_stamps(session, m.stamps)
 
     def _on_rows(self, _session: Session, m: control.Rows) -> None:
-        now = trio.current_time()
-        taken = self._book.merge((r for r in m.rows if not self._is_denied(r.node)), now)
-        for row in taken:
+        self._rows.on_rows(m.rows, trio.current_time())
+
+    def _rows_taken(self, rows: Sequence[NodeRow], now: float) -> None:
+        for row in rows:
             self._contacts.sighted(row.node, row.addresses, now, fresh=row.node not in self._linker)
             self._paths.offered(row.node, row.addresses)
             known = self._contacts.addresses(row.node)[:MAX_TOLD_ADDRESSES]
             self._memory.met(RememberedPeer(row.node, row.name, known))
-        if taken:
-            self._rows_digest = None
-            self._refresh_view()
-            self._wake.beat()
-            self.changed.beat()
+        self._refresh_view()
+        self._wake.beat()
+        self.changed.beat()
 
     def _on_record(self, _session: Session, m: control.Record) -> None:
         if m.record.version[0] <= self.epoch.counter + MAX_VERSION_JUMP and m.record.version[1] <= MAX_EDITS:
@@ -544,7 +503,7 @@ class MeshService:
         self._unresolved.discard(node)
         self._book.forget(node)
         self._memory.note(peers=tuple(p for p in self._memory.state.peers if p.node != node))
-        self._rows_digest = None
+        self._rows.changed()
         self._refresh_view()
         self.changed.beat()
 
@@ -561,11 +520,11 @@ class MeshService:
     async def keep_incarnation(self, incarnation: int) -> None:
         await self._memory.save(incarnation=incarnation)
         self._book.reborn(incarnation)
-        self._tell_own_row()
+        self._rows.tell_own()
 
     def beat(self, effect: members.SendHeartbeat) -> control.Beat:
         sent_us = int(trio.current_time() * 1e6)
-        stamp, rows = self._machines.stamp, self._digest()
+        stamp, rows = self._machines.stamp, self._rows.digest()
         return control.Beat(effect.incarnation, effect.digest, effect.heard_ago_s, stamp, rows, sent_us)
 
     def state_changed(self, effect: members.StateChanged) -> None:
@@ -591,16 +550,6 @@ class MeshService:
             return election.Candidate(node, False, 0, 0, linked, suspect)
         return election.Candidate(node, row.eligible, row.klass, row.joined_at, linked, suspect)
 
-    def _tell_own_row(self) -> None:
-        self._rows_digest = None
-        self._linker.broadcast(control.Rows((self._book.own,)))
-
-    def _digest(self) -> bytes:
-        if self._rows_digest is None:
-            text = repr(sorted(self._book.stamps().items()))
-            self._rows_digest = hashlib.sha256(text.encode()).digest()[:8]
-        return self._rows_digest
-
     def _say(self, note: Note) -> None:
         facts = note.facts | {"reason": self.with_names(str(note.facts.get("reason", "")))}
         self._tell(self.with_names(note.text), kind=note.kind, **facts)
@@ -615,26 +564,6 @@ class MeshService:
 
     async def _answer_call(self, peer: NodeId, stream: trio.abc.Stream, args: dict[str, Any]) -> None:
         await calls.answer(self.methods, peer, stream, args)
-
-    def _local_stream(self, service: str, args: dict[str, Any]) -> trio.abc.Stream:
-        handler = self.streams.get(service)
-        if handler is None:
-            raise PeerRefused(f"no service {service!r} here")
-        near, far = socket.socketpair()
-        near.setblocking(False)
-        far.setblocking(False)
-        mine = trio.SocketStream(trio.socket.from_stdlib_socket(near))
-        theirs = trio.SocketStream(trio.socket.from_stdlib_socket(far))
-        self._start(self._serve_local, handler, theirs, args)
-        return mine
-
-    async def _serve_local(self, handler: StreamHandler, stream: trio.abc.Stream, args: dict[str, Any]) -> None:
-        try:
-            await handler(self.me, stream, args)
-        except* (TightwadError, trio.BrokenResourceError, trio.ClosedResourceError) as group:
-            log.debug("local stream closed: %s", group.exceptions[0])
-        finally:
-            await close_quietly(stream)
 
 
 _HANDLERS: dict[type, Callable[[MeshService, Session, Any], None]] = {
