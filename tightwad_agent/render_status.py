@@ -38,7 +38,7 @@ def status(info: Plain, *, as_json: bool) -> None:
         f"endpoint     {info['endpoint']}",
         f"engine       {info['engine']['build'] or 'none'} {info['engine']['problem']}".rstrip(),
         f"target       {target['model'] or 'nothing'}: {target['state']}"
-        + (f", {target['detail']}" if target["detail"] else ""),
+        + (f", {target['detail']}" if target["detail"] not in ("", target["state"]) else ""),
     )
     if target["engine"]:
         workers = ", ".join(w["name"] for w in target["workers"])

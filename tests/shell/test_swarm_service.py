@@ -305,6 +305,19 @@ async def test_the_seed_leaves_and_comes_back(tmp_path: Path) -> None:
         assert sum(node.status(model.model).from_each_peer.values()) == len(BIG), "nothing came twice"
 
 
+async def test_nobody_is_called_unreachable_before_an_attempt(tmp_path: Path) -> None:
+    async with net(tmp_path) as network:
+        seed, model = await seed_of(network, "seed", BIG)
+        node = await network.node("leech")
+        node.leech(model.model, seed)
+        told: set[str] = set()
+        with trio.fail_after(30):
+            while node.service.path_of(model.model) is None:
+                told |= {status.problem for status in node.service.snapshot().transfers}
+                await trio.sleep(0)
+        assert told == {""}
+
+
 async def test_a_peer_killed_in_the_middle_of_a_piece(tmp_path: Path) -> None:
     async with net(tmp_path) as network:
         seed, model = await seed_of(network, "seed", BIG)

@@ -26,7 +26,9 @@ def test_something_good_makes_up_for_it() -> None:
     standings = Standings()
     for _ in range(5):
         standings.ended("a", 100.0)
+    assert standings.has_failed("a")
     standings.useful("a")
+    assert not standings.has_failed("a")
     standings.ended("a", 100.0)
     assert wait(standings) == 0.5
 

@@ -133,7 +133,11 @@ class Exchange:
         if not self._holders:
             return f"no node has it any more, waiting for one to return{tail}"
         if not self.links:
+            if not all(map(self._standings.has_failed, self._holders)):
+                return ""  # about to be dialled, or being dialled for the first time
             return f"none of the {len(self._holders)} nodes that have it can be reached, waiting{tail}"
+        if any(peer not in tracker.peers for peer in self.links):
+            return ""  # it has not said yet what it has
         if missing := tracker.missing_everywhere():
             return f"{missing} pieces are on none of the connected nodes, waiting{tail}"
         return tail.strip(" ()")

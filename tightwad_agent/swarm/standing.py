@@ -41,6 +41,10 @@ class Standings:
         record.failures += GRAVE if grave else 1
         record.not_before = now + min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(record.failures - 1, 10))
 
+    def has_failed(self, peer: str) -> bool:
+        """Whether a link or an attempt ended since it gave something good."""
+        return peer in self._of and self._of[peer].failures > 0
+
     def ban(self, peer: str, now: float) -> None:
         self._record(peer).banned_until = now + BAN_S
 
