@@ -17,6 +17,7 @@ import trio
 from tightwad_agent import bench_table, control
 from tightwad_agent.bench_table import Answer, Pair, read_answer
 from tightwad_agent.errors import (
+    CTRL_C,
     AgentNotRunning,
     EngineError,
     NotReady,
@@ -39,8 +40,6 @@ PATH = "/v1/chat/completions"
 MAX_ANSWER_BYTES = 16 << 20
 MAX_MESSAGE = 1000
 WARM_UP_TOKENS = 16
-CTRL_C = 130
-"""What programs exit with that were ended by it."""
 LLAMA_SERVER = "llama-server"
 ONE_COLUMN = (
     "llama-server answers, which cannot leave its drafts out for one request: nothing to compare with."

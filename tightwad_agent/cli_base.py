@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from tightwad_agent.errors import TightwadError
+from tightwad_agent.errors import CTRL_C, TightwadError
 
 if TYPE_CHECKING:
     from tightwad_agent.config import Config
@@ -54,9 +54,13 @@ class DefaultUp(click.Group):
         except TightwadError as exc:
             _fail(exc, as_json=ctx.meta.get(_AS_JSON, False))
         except BaseExceptionGroup as group:
+            if group.split(KeyboardInterrupt)[1] is None:
+                _interrupted()
             if (single := _only(group)) is None:
                 raise
             _fail(single, as_json=ctx.meta.get(_AS_JSON, False))
+        except KeyboardInterrupt:
+            _interrupted()
 
 
 class WithDefault(click.Group):
@@ -83,6 +87,13 @@ def _only(group: BaseExceptionGroup[BaseException]) -> TightwadError | None:
             return None
         found = inner
     return None
+
+
+def _interrupted() -> NoReturn:
+    """Ctrl-C where nobody waited for it. click would say "Aborted!" and exit with 1, as for a failure."""
+    if sys.stderr.isatty():
+        click.echo(err=True)  # ends the line with the ^C
+    sys.exit(CTRL_C)
 
 
 def _fail(exc: TightwadError, *, as_json: bool) -> None:

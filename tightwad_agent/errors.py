@@ -7,6 +7,9 @@ endpoint answers.
 
 from __future__ import annotations
 
+CTRL_C = 130
+"""What commands exit with that Ctrl-C ended: 128 and the number of SIGINT, as shells have it."""
+
 
 class TightwadError(Exception):
     """Something went wrong in a way that was foreseen."""

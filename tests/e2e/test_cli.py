@@ -419,6 +419,19 @@ def test_a_token_may_come_from_standard_input(started: Started, tmp_path: Path) 
     assert started.calls[0][1] == TOKEN
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [KeyboardInterrupt(), BaseExceptionGroup("nursery", [BaseExceptionGroup("inner", [KeyboardInterrupt()])])],
+)
+def test_ctrl_c_is_not_a_failure(raised: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_args: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(main, "run_agent", interrupted)
+    result = run("--state-dir", str(tmp_path))
+    assert (result.exit_code, result.output) == (130, "")
+
+
 # What a person may write for a source
 
 
