@@ -145,6 +145,14 @@ async def test_three_nodes_link_up_and_elect_one(net: Net) -> None:
     assert {p.state for n in nodes for p in n.mesh.peers()} == {"alive"}
 
 
+async def test_events_have_names_from_the_first_moment_of_a_link(net: Net) -> None:
+    a = await net.found()
+    b = await net.join(a, "b")
+    await until(lambda: "b joined the cluster" in " ".join(a.events) and "b is alive: connected" in a.events)
+    await until(lambda: "a is alive: connected" in b.events and agree([a, b]))
+    assert [text for n in (a, b) for text in n.events if a.me.node.short in text or b.me.node.short in text] == []
+
+
 async def test_links_do_not_flap_when_both_sides_dial(net: Net) -> None:
     nodes = await three(net)
     await trio.sleep(2.5)

@@ -214,9 +214,11 @@ class MeshService:
         return self._book.get(node)
 
     def name_of(self, node: NodeId) -> str:
-        """What people call a node."""
-        row = self._book.get(node)
-        return row.name if row else node.short
+        """What people call a node; before its row came, what it calls itself."""
+        if row := self._book.get(node):
+            return row.name
+        session = self._linker.session(node)
+        return session.peer.hello.name if session else node.short
 
     def peers(self) -> list[PeerStatus]:
         """All nodes of the cluster that are known, this one first."""
@@ -556,8 +558,8 @@ class MeshService:
 
     def with_names(self, text: str) -> str:
         """`text` with names in place of the short ids of nodes, also of those that are gone."""
-        for row in self._book.all():
-            text = text.replace(row.node.short, row.name)
+        for node in {row.node for row in self._book.all()} | {s.peer.node for s in self._linker.sessions()}:
+            text = text.replace(node.short, self.name_of(node))
         return text
 
     # Services of the mesh itself
