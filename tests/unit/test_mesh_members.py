@@ -181,6 +181,25 @@ def test_a_redial_that_only_times_out_proves_nothing() -> None:
     assert rig.state(A) is State.SUSPECT
 
 
+def test_a_port_that_closes_after_the_link_is_tried_again_at_once() -> None:
+    rig = Rig(A)
+    rig.do(mb.LinkDown(A))
+    rig.now += 0.01
+    assert of(mb.Redial, rig.do(mb.RedialFailed(A, refused=False))) == []
+    assert len(of(mb.Redial, rig.run(0.11))) == 1
+    rig.do(mb.RedialFailed(A, refused=True))
+    rig.run(0.3)
+    assert rig.state(A) is State.DEAD
+
+
+def test_a_redial_that_fails_later_is_not_repeated_sooner() -> None:
+    rig = Rig(A)
+    rig.do(mb.LinkDown(A))
+    rig.run(1.2)
+    rig.do(mb.RedialFailed(A, refused=False))
+    assert of(mb.Redial, rig.run(0.5)) == []
+
+
 def test_one_yes_means_alive_but_not_from_here() -> None:
     rig = Rig(A, B)
     rig.do(mb.LinkDown(A))

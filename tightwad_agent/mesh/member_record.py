@@ -24,6 +24,7 @@ class Timings:
     probe_s: float = 0.5
     vouch_s: float = 1.2
     refused_s: float = 0.25
+    redial_soon_s: float = 0.1
     redial_s: float = 1.0
     redial_dead_s: float = 2.0
     late_s: float = 0.25

@@ -258,6 +258,9 @@ class Members:
         if peer is None or peer.linked:
             return
         peer.refused_at = now if event.refused else None
+        if not event.refused and now < peer.broken_at + self._t.redial_s:
+            # a process that is just ending may close its links before its port
+            peer.next_redial = min(peer.next_redial, now + self._t.redial_soon_s)
         self._review(peer, now)
 
     def _on_remembered(self, event: Remembered, now: float) -> None:
