@@ -90,7 +90,12 @@ def app_of(cluster: FakeCluster) -> App:
 
 
 async def settled() -> None:
-    await trio.testing.wait_all_tasks_blocked(0.05)
+    """Until all tasks wait, and none of them for a thread: on a busy machine one may take longer than any pause."""
+    threads = trio.to_thread.current_default_thread_limiter()
+    with trio.fail_after(DEADLINE_S):
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        while threads.borrowed_tokens:
+            await trio.testing.wait_all_tasks_blocked(0.05)
 
 
 async def test_one_request_beside_fifty_gets_the_next_turn(inner: trio.Nursery) -> None:

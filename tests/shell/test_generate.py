@@ -9,6 +9,7 @@ import openai
 import pytest
 import trio
 import trio.testing
+from engine_fakes import until
 
 from tightwad_agent.errors import ContextOverflow, EngineError, NotReady, PeerGone
 from tightwad_agent.proxy.app import App
@@ -501,12 +502,9 @@ async def leaves(inner, app: App, cluster: FakeCluster, body: dict) -> None:
     async with trio.open_nursery() as client:
         client.start_soon(go)
         await generator.started.wait()
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert (generator.running, cluster.in_flight) == (body.get("n", 1), 1)
+        await until(lambda: (generator.running, cluster.in_flight) == (body.get("n", 1), 1))
         await stream.aclose()
-        with trio.fail_after(10):
-            while generator.running:
-                await trio.sleep(0.001)
+        await until(lambda: not generator.running)
 
 
 LEAVING = {
@@ -527,8 +525,7 @@ class TestLeaving:
         cluster = FakeCluster(where=Own(generator))
         front = wire(inner, cluster) if through_the_mesh else cluster
         await leaves(inner, App(front, admin_key=lambda: "admin"), cluster, body)
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert cluster.in_flight == 0
+        await until(lambda: cluster.in_flight == 0)
 
     async def test_a_client_that_reads_nothing(self, nursery, autojump_clock):
         """What is not taken for long is not generated for ever."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 import trio.testing
+from engine_fakes import until
 
 from tightwad_agent.errors import PeerGone, PeerUnreachable
 from tightwad_agent.proxy import passage
@@ -500,8 +501,7 @@ class TestLeaving:
         act, streaming = PHASES[phase]
         up, cluster = await local(inner, act)
         await leaves(inner, app_of(cluster), up, streaming)
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert cluster.in_flight == 0
+        await until(lambda: cluster.in_flight == 0)
 
     @pytest.mark.parametrize("phase", PHASES)
     async def test_through_the_mesh(self, inner, phase):
@@ -509,8 +509,7 @@ class TestLeaving:
         up, cluster = await local(inner, act)
         edge = wire(inner, cluster)
         await leaves(inner, app_of(edge), up, streaming)
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert cluster.in_flight == 0
+        await until(lambda: cluster.in_flight == 0)
 
     async def test_while_it_waits_for_a_route(self, inner):
         cluster = FakeCluster(where=HOLD)
