@@ -400,6 +400,15 @@ HOSTILE_VIEW = SpeculationView(
     drafters=(DrafterView(name=HOSTILE, state=HOSTILE, reason=HOSTILE),) * 20,
 )
 HOSTILE_STATUS = cluster_status(report.serving(SERVING, {}, ENTRIES, HOSTILE_VIEW, {}), [])
+
+
+@pytest.mark.parametrize(("detail", "line"), [("ready", "ready"), ("", "ready"), ("loading 5 %", "ready, loading 5 %")])
+def test_what_is_served_says_its_state_once(detail: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    target = FULL_STATUS["target"] | {"model": "m", "state": "ready", "detail": detail}
+    render.status({**FULL_STATUS, "target": target}, as_json=False)
+    assert f"target       m: {line}\n" in capsys.readouterr().out
+
+
 SERVED = {"target": FULL_STATUS["target"], "draft": {}, "endpoint": "http://x/v1", "warnings": [HOSTILE]}
 
 

@@ -18,14 +18,15 @@ class OwnHealth:
     def __init__(self, timings: Timings, now: float) -> None:
         self.resumed_at = -math.inf
         """When the loop last ran again after a stall."""
+        self.now = now
+        """When it ran last."""
         self._t = timings
         self._strain = 0.0
         self._strain_at = now
-        self._now = now
 
     def notice(self, now: float, due: float) -> float | None:
         """The loop runs at `now` and should have at `due`. Seconds it did not run, if it is late; else None."""
-        stalled, self._now = now - self._now, now
+        stalled, self.now = now - self.now, now
         if now - due < self._t.late_s:
             return None
         self.strained(now - due, now)
@@ -66,9 +67,9 @@ class Judgement:
         """From when on a link without proof of contact counts as silent."""
         return self.contact(peer) + self._patience(peer, self._t.suspect_s, now)
 
-    def doubtful_at(self, peer: Peer, now: float) -> float:
+    def vouched_until(self, peer: Peer, now: float) -> float:
         """From when on others' word that it lives is too old."""
-        return min(self.dead_at(peer, now), peer.indirect + self._patience(peer, self._t.suspect_s, now))
+        return peer.indirect + self._patience(peer, self._t.suspect_s, now)
 
     def dead_at(self, peer: Peer, now: float) -> float:
         own = self.evidence(peer) + self._patience(peer, self._t.suspect_s + self._t.confirm_s, now)

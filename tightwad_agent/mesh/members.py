@@ -120,7 +120,6 @@ class Members:
         self._digest: bytes | None = None
         self._next_beat = now
         self._due = now
-        self._now = now
         self._own = OwnHealth(timings, now)
         self._judge = Judgement(timings, self._own)
         self._effects: list[Effect] = []
@@ -128,7 +127,6 @@ class Members:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Takes one event; the effects are to be carried out in order."""
         self._effects = []
-        self._now = now
         self._notice_own_lateness(now)
         _HANDLERS[type(event)](self, event, now)
         if now >= self._next_beat:
@@ -159,7 +157,7 @@ class Members:
             )
             for p in self._peers.values()
         ]
-        return Snapshot(self.me, self.incarnation, self._left, self._own.stretch(self._now), tuple(peers))
+        return Snapshot(self.me, self.incarnation, self._left, self._own.stretch(self._own.now), tuple(peers))
 
     # The own machine
 
@@ -477,7 +475,8 @@ class Members:
             reason = "its process is gone: the connection broke, a new one was refused"
             self._gone(peer, Fate.DEAD, reason, now, announce=True)
             return
-        dead_at, doubtful_at = self._judge.dead_at(peer, now), self._judge.doubtful_at(peer, now)
+        dead_at = self._judge.dead_at(peer, now)
+        doubtful_at = min(dead_at, self._judge.vouched_until(peer, now))
         if peer.indirect > peer.broken_at and now < doubtful_at:
             dead_at = doubtful_at
             if peer.reach is not Reach.INDIRECT or peer.shown is not State.ALIVE:

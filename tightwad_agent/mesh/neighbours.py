@@ -57,8 +57,10 @@ class Neighbours:
         mine = cluster_hash(self._cluster())
         strangers: set[str] = set()
         async for item in self._news:
-            if isinstance(item, Gone) or self._ignores(item.node):
+            if isinstance(item, Gone):
                 continue  # mDNS is never a failure detector
+            if self._ignores(item.node):
+                continue
             if item.cluster_hash == mine:
                 self._met(item)
             elif item.cluster_hash not in strangers and len(strangers) < MAX_STRANGERS:

@@ -100,7 +100,6 @@ class MeshService:
         self.methods: dict[str, MethodHandler] = {}
         self.changed = Pulse()
         """Beats whenever a row, a node's state, the coordinator or the record changed."""
-        self.port = settings.port
         self.ledger = Ledger(settings.state_dir) if me.role is Role.AUTHORITY else None
         self.record = me.state.serve or ServeRecord()
         self.me = me.node
@@ -150,6 +149,11 @@ class MeshService:
     def identity(self) -> Identity:
         """Who this node is; its leaf changes when it is renewed."""
         return self._leaf.identity
+
+    @property
+    def port(self) -> int:
+        """Where it listens for other nodes; the one that was asked for until it does."""
+        return self._own.port
 
     @property
     def epoch(self) -> Epoch:
@@ -302,7 +306,7 @@ class MeshService:
         """Until cancelled. Started once it listens. Raises `PortTaken`, `ConfigError`, `EnvironmentFault`."""
         await self._own.look()
         listeners = await open_listeners(self._settings.port)
-        self.port = self._own.port = listeners[0].socket.getsockname()[1]
+        self._own.port = listeners[0].socket.getsockname()[1]
         self.streams[calls.SERVICE] = self._answer_call
         self.streams[gauge.SERVICE] = gauge.GaugeService().serve
         self.methods |= {leaf.METHOD: self._leaf.answer, **self.trust.methods()}
@@ -316,7 +320,7 @@ class MeshService:
                 nursery.start_soon(task)
             nursery.start_soon(self._own.watch, self._moved)
             if self._settings.mdns:
-                self._neighbours = self._listen()
+                self._neighbours = self._find_neighbours()
                 nursery.start_soon(self._neighbours.run)
             self._refresh_view()
             task_status.started()
@@ -391,7 +395,7 @@ class MeshService:
                 self._machines.member(members.Remembered(peer.node))
         self._gate.begin()
 
-    def _listen(self) -> Neighbours:
+    def _find_neighbours(self) -> Neighbours:
         return Neighbours(
             self.me,
             lambda: self.identity.cluster,
