@@ -23,7 +23,7 @@ from tightwad_agent.config import load
 from tightwad_agent.swarm.gguf import parse
 from tightwad_agent.swarm.service import Phase, SwarmService
 from tightwad_agent.swarm.store import Store
-from tightwad_agent.testing import MemoryMesh, MemoryNode
+from tightwad_agent.testing import MemoryMesh, MemoryNode, sockets
 
 FETCH_S = 300.0
 TEMPLATE_BYTES = 1_000
@@ -64,7 +64,7 @@ def _rows(case: str, bound: float, sent: int, reused: int, size: int, seconds: f
 async def fetched(old: Path, new: Path, folder: Path) -> tuple[int, int, int, float]:
     """A node that holds `old` fetches `new`: bytes sent to it, bytes from its disk, bytes of the model, seconds."""
     async with trio.open_nursery() as nursery:
-        mesh = MemoryMesh(nursery)
+        mesh = MemoryMesh(nursery, sockets)
         seed, at = await _node(nursery, mesh, folder, "seed")
         node, _ = await _node(nursery, mesh, folder, "node")
         await node.add(str(old))

@@ -15,7 +15,7 @@ from tightwad_agent.ids import NodeId, NodeName
 from tightwad_agent.swarm.origin import Origins
 from tightwad_agent.swarm.service import SwarmService
 from tightwad_agent.swarm.store import Store
-from tightwad_agent.testing import MemoryMesh, MemoryNode
+from tightwad_agent.testing import MemoryMesh, MemoryNode, sockets
 from tightwad_agent.wire.rows import HeldModel, NodeRow, Role
 
 CHUNK_BYTES = 1 << 16
@@ -106,7 +106,7 @@ class Together:
     def __init__(self, nursery: trio.Nursery, folder: Path, origins: Origins | None = None) -> None:
         self._nursery = nursery
         self._origins = origins or Origins()
-        self.mesh = MemoryMesh(nursery)
+        self.mesh = MemoryMesh(nursery, sockets)
         self.folder = folder
         self.nodes: list[Node] = []
         self._told = trio.Event()

@@ -208,6 +208,7 @@ def run_frames(data: bytes) -> object:
     by_bytes, error_by_bytes = _framed([data[i : i + 1] for i in range(len(data))])
     assert error == error_by_bytes
     assert whole == (by_bytes if not error else by_bytes[: len(whole)])
+    assert _streamed([data]) == _streamed([data[i : i + 1] for i in range(len(data))]) == (by_bytes, error)
     if error:
         raise ProtocolError(error)
     return whole
@@ -220,6 +221,25 @@ def _framed(parts: list[bytes]) -> tuple[list[frames.Frame], str]:
         for part in parts:
             got += decoder.feed(part)
             assert len(decoder.buffered) <= 3008
+    except ProtocolError as exc:
+        return got, exc.message
+    return got, ""
+
+
+def _streamed(parts: list[bytes]) -> tuple[list[frames.Frame], str]:
+    """The whole frames, payloads put together again."""
+    decoder = frames.StreamingDecoder(1000, 2000)
+    got: list[frames.Frame] = []
+    try:
+        for data in parts:
+            for part in decoder.feed(memoryview(data)):
+                if isinstance(part, frames.Begun):
+                    header, payload, n_payload = part.header, b"", part.n_payload
+                else:
+                    payload += part
+                assert len(payload) + decoder.left == n_payload
+                if not decoder.left:
+                    got.append(frames.Frame(header, payload))
     except ProtocolError as exc:
         return got, exc.message
     return got, ""
@@ -269,11 +289,11 @@ OURS = {0, 2, 4, 6}
 
 class Talk:
     """Our side of a conversation: a tracker, and what `exchange` does with effects. `reads` empties what is to be sent
-    after each message; otherwise nothing is ever sent, as to a peer that does not read. `chunk` as in `Conversation`.
+    after each message; otherwise nothing is ever sent, as to a peer that does not read.
     """
 
-    def __init__(self, *, reads: bool, chunk: int = 0) -> None:
-        self.talk = Conversation(MODEL, LENGTHS, chunk)
+    def __init__(self, *, reads: bool) -> None:
+        self.talk = Conversation(MODEL, LENGTHS)
         self.have = set(OURS)
         self.tracker = PieceTracker(LENGTHS, self.have, random.Random(1))
         self.talk.hello(self.have, ())
@@ -316,9 +336,7 @@ class Talk:
                 self.tracker.rejected("p", piece)
             case Received(piece, data, offset, last):
                 assert offset in (0, self.n_bytes.get(piece, 0))
-                self.n_bytes[piece] = offset + (
-                    len(data) if isinstance(data, bytes | bytearray) else sum(map(len, data))
-                )
+                self.n_bytes[piece] = offset + len(data)
                 assert last == (self.n_bytes[piece] == LENGTHS[piece])
                 if not last:
                     return
@@ -339,11 +357,11 @@ class Talk:
         return n
 
 
-def converse(parts: Iterable[bytes], *, reads: bool, chunk: int = 0) -> tuple[list[object], list[bytes], str]:
+def converse(parts: Iterable[bytes], *, reads: bool) -> tuple[list[object], list[bytes], str]:
     """(effects, frames sent, error) of a peer that sends these bytes."""
     decoder = FrameDecoder(MAX_SWARM_HEADER, BLOCK)
     with mock.patch.object(peer, "BLOCK_BYTES", BLOCK):
-        us = Talk(reads=reads, chunk=chunk)
+        us = Talk(reads=reads)
         try:
             for part in parts:
                 frame = decoder.feed_one(part)
@@ -359,8 +377,6 @@ def converse(parts: Iterable[bytes], *, reads: bool, chunk: int = 0) -> tuple[li
 def run_conversation(data: bytes) -> object:
     whole = converse([data], reads=True)
     assert whole == converse((data[i : i + 1] for i in range(len(data))), reads=True), "the cut does not matter"
-    in_chunks = converse([data], reads=True, chunk=2 * BLOCK)
-    assert in_chunks[1:] == whole[1:], "nor does it whether pieces are handed on whole"
     _, _, error = converse([data], reads=False)
     assert error or not whole[2], "who does not read is forgiven nothing"
     if whole[2]:

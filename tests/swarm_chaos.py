@@ -30,7 +30,7 @@ from tightwad_agent.swarm.manifest import Manifest
 from tightwad_agent.swarm.pieces import Limits, bits_of
 from tightwad_agent.swarm.service import Phase, SwarmService
 from tightwad_agent.swarm.store import Store
-from tightwad_agent.testing import MemoryMesh, MemoryNode
+from tightwad_agent.testing import MemoryMesh, MemoryNode, sockets, unlimited
 from tightwad_agent.wire.frames import encode
 from tightwad_agent.wire.swarm import (
     BLOCK_BYTES,
@@ -191,7 +191,7 @@ class Evil:
 async def run(seed: int, folder: Path) -> dict[str, int]:
     """One transfer among evil peers; what they did. Raises `AssertionError` with the seed, or what went wrong."""
     async with trio.open_nursery() as nursery:
-        mesh = MemoryMesh(nursery)
+        mesh = MemoryMesh(nursery, sockets if seed % 4 else unlimited)
         source = kit.write(folder / "files" / "toy.gguf", DATA)
         good_node, good = await _node(nursery, mesh, folder, "good", seed)
         model = (await good.add(str(source))).model

@@ -42,7 +42,7 @@ CHILD = textwrap.dedent(
     from tightwad_agent.swarm.pieces import Limits
     from tightwad_agent.swarm.service import SwarmService
     from tightwad_agent.swarm.store import Store
-    from tightwad_agent.testing import MemoryMesh
+    from tightwad_agent.testing import MemoryMesh, sockets
 
     manifest.PIECE_BYTES, manifest.SMALL_TENSOR_BYTES = 1 << 16, 1 << 14
 
@@ -59,7 +59,7 @@ CHILD = textwrap.dedent(
     async def main(folder, source, per_peer):
         count_uploads(folder / "uploaded")
         async with trio.open_nursery() as nursery:
-            mesh = MemoryMesh(nursery)
+            mesh = MemoryMesh(nursery, sockets)
             services = []
             for name in ("seed", "leech"):
                 node = mesh.add(name)

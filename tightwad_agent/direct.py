@@ -1,14 +1,17 @@
 """Streams over sockets that are read and written without a task switch where nothing has to be waited for.
 
 trio's own streams pass through its scheduler at every call, which is right in general and too dear for a tunnel that
-carries each token of an answer: here a pump takes what is there, gives it on, and only then waits.
+carries each token of an answer: here a pump takes what is there, gives it on, and only then waits. Where much comes, a
+thread may read in place of a trio task (`read_in_thread`), while tasks go on writing.
 """
 
 from __future__ import annotations
 
 import abc
 import errno
+import select
 import socket
+from collections.abc import Callable
 from typing import NoReturn
 
 import trio
@@ -20,6 +23,8 @@ _UNSENT_LOW = 128 << 10
 _WORTH = 32 << 10
 _AT_ONCE = 128 << 10
 """Where a large message is under way, a receiver is woken when so much of it is there, and not for each packet."""
+_LEAVE_S = 10.0
+"""A thread that reads may still have to write to a slow disk before it can leave."""
 _CLOSED = (errno.EBADF, errno.ENOTSOCK)
 
 
@@ -36,6 +41,9 @@ class Direct(trio.abc.Stream):
         self._unsent = memoryview(b"")
         self._more = True
         self._expected = 0
+        self._low_water = 1
+        self._thread_left: trio.Event | None = None
+        self._stop_thread: Callable[[], None] = _nothing
         self._sending = self._cut = self._closed = False
         self._wire, self._plain = _buffers()
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
@@ -58,9 +66,8 @@ class Direct(trio.abc.Stream):
         """Returns when another `take` is worth it; a checkpoint in any case."""
         if self._more:
             await trio.lowlevel.checkpoint()
-        elif self._expected > 2 * _WORTH:
-            await self._plenty(min(self._expected - _WORTH, _AT_ONCE))
         else:
+            self._ask_for_plenty()
             await trio.lowlevel.wait_readable(self._raw)
 
     def expect(self, n_bytes: int) -> None:
@@ -68,13 +75,13 @@ class Direct(trio.abc.Stream):
         Holds until it is called again."""
         self._expected = n_bytes
 
-    async def _plenty(self, n_bytes: int) -> None:
-        """Of the wire; what is known to come is a little more than what a `take` has not given yet."""
-        _set(self._raw, socket.SO_RCVLOWAT, n_bytes, socket.SOL_SOCKET)
-        try:
-            await trio.lowlevel.wait_readable(self._raw)
-        finally:
-            _set(self._raw, socket.SO_RCVLOWAT, 1, socket.SOL_SOCKET)
+    def _ask_for_plenty(self) -> None:
+        """The socket is readable when so much is there as is worth a `take`. What is known to come over the wire is a
+        little more than what a `take` has not given yet."""
+        n_bytes = min(self._expected - _WORTH, _AT_ONCE) if self._expected > 2 * _WORTH else 1
+        if n_bytes != self._low_water:
+            _set(self._raw, socket.SO_RCVLOWAT, n_bytes, socket.SOL_SOCKET)
+            self._low_water = n_bytes
 
     async def drain(self) -> None:
         """Returns when all that was given is on its way."""
@@ -101,6 +108,51 @@ class Direct(trio.abc.Stream):
             return 0
         except OSError as exc:
             _broken(exc)
+
+    # Read by a thread
+
+    async def read_in_thread(self, work: Callable[[], None], stop: Callable[[], None]) -> None:
+        """Runs `work` in a thread; only there are `take` and `wait` called meanwhile. When this is cancelled, or the
+        stream is closed, `stop` is called, and the thread finds the end of the stream."""
+        self._wire, self._plain = _new_buffers()
+        self._thread_left, self._stop_thread = trio.Event(), stop
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_when_cancelled)
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))
+                nursery.cancel_scope.cancel()
+        finally:
+            self._thread_left.set()
+
+    async def _stop_when_cancelled(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        self._stop_thread()
+        try:
+            self._raw.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # it is broken already
+
+    async def _leave_thread(self) -> None:
+        """Before the socket is closed: its number may be another socket's right after."""
+        if self._thread_left is not None:
+            self._stop_reading()
+            with trio.move_on_after(_LEAVE_S, shield=True):
+                await self._thread_left.wait()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Blocks until another `take` is worth it; False if it was not in that time."""
+        if self._more:
+            return True
+        self._ask_for_plenty()
+        poll = select.poll()
+        poll.register(self._raw, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
 
     # trio.abc.Stream
 
@@ -150,6 +202,7 @@ class Direct(trio.abc.Stream):
 
     async def aclose(self) -> None:
         self._closed = True
+        await self._leave_thread()
         await self.transport_stream.aclose()
 
     def _check_ready(self) -> None:
@@ -183,6 +236,10 @@ def direct(stream: trio.abc.Stream) -> trio.abc.Stream:
     return SocketEnd(stream) if type(stream) is trio.SocketStream else stream
 
 
+def _nothing() -> None:
+    """No thread reads."""
+
+
 _Buffers = tuple[memoryview, memoryview]
 _shared: trio.lowlevel.RunVar[_Buffers] = trio.lowlevel.RunVar("direct.buffers")
 
@@ -192,9 +249,13 @@ def _buffers() -> _Buffers:
     try:
         return _shared.get()
     except LookupError:
-        made = memoryview(bytearray(TAKE_SIZE)), memoryview(bytearray(TAKE_SIZE + (32 << 10)))
+        made = _new_buffers()
         _shared.set(made)
         return made
+
+
+def _new_buffers() -> _Buffers:
+    return memoryview(bytearray(TAKE_SIZE)), memoryview(bytearray(TAKE_SIZE + (32 << 10)))
 
 
 def _set(raw: socket.socket, option: int, value: int, level: int = socket.IPPROTO_TCP) -> None:

@@ -39,8 +39,16 @@ def peer_errors(deadline_s: float = math.inf) -> Iterator[None]:
             yield
     except trio.TooSlowError:
         raise PeerSilent(f"no answer within {deadline_s:g} s") from None
-    except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-        raise PeerGone(f"the connection broke: {exc.__cause__ or exc}") from None
+    except STREAM_ERRORS as exc:
+        raise gone(exc) from None
+
+
+STREAM_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+def gone(exc: BaseException) -> PeerGone:
+    """What one of `STREAM_ERRORS` is for us."""
+    return PeerGone(f"the connection broke: {exc.__cause__ or exc}")
 
 
 class Framed:
@@ -64,6 +72,11 @@ class Framed:
         """Writes one message whole. Raises `PeerGone` or `PeerSilent`."""
         with peer_errors(deadline_s):
             await self.stream.send_all(encode(self._codec.encode(message), payload))
+
+    async def send_together(self, messages: Sequence[object], *, deadline_s: float = math.inf) -> None:
+        """Several without payloads, as one write. Raises as `send`."""
+        with peer_errors(deadline_s):
+            await self.stream.send_all(b"".join(encode(self._codec.encode(message)) for message in messages))
 
     async def receive(self, *, deadline_s: float = math.inf) -> tuple[Any, bytes]:
         """The next message and its payload. Raises `PeerGone`, `PeerSilent` or `ProtocolError`."""
@@ -99,9 +112,14 @@ class Framed:
             raise ProtocolError(f"expected {kind.__name__}, got {type(message).__name__}")
         return message
 
+    @property
+    def buffered(self) -> bytes:
+        """What came behind the last message; for somebody who reads the stream from here on."""
+        return self._decoder.buffered
+
     def detach(self) -> trio.abc.Stream:
         """The raw stream from here on, with what was already read put back in front."""
-        rest = self._decoder.buffered
+        rest = self.buffered
         return Prefixed(self.stream, rest) if rest else self.stream
 
 
@@ -133,9 +151,6 @@ class Prefixed(trio.abc.Stream):
 Count = Callable[[int], None]
 """Told of each chunk that was passed on, in bytes."""
 
-_ENDS = (trio.BrokenResourceError, trio.ClosedResourceError)
-
-
 Chunk = bytes | bytearray | memoryview
 Later = Callable[[], Awaitable[Chunk]]
 """Bytes that have to be fetched when it is their turn. Raises `ProtocolError`."""
@@ -152,14 +167,14 @@ async def pump(
     while True:
         try:
             data = await source.receive_some(READ_SIZE)
-        except _ENDS:
+        except STREAM_ERRORS:
             return source
         if not data:
             return source
         try:
             for chunk in change(data) if change else (data,):
                 await sink.send_all(await chunk() if callable(chunk) else chunk)
-        except _ENDS:
+        except STREAM_ERRORS:
             return sink
         n_bytes(len(data))
 
@@ -169,7 +184,7 @@ async def _pump_directly(source: Direct, sink: Direct, n_bytes: Count, change: C
         try:
             while (data := source.take()) is None:
                 await source.readable()
-        except _ENDS:
+        except STREAM_ERRORS:
             return source
         if not (n := len(data)):
             return source
@@ -178,12 +193,12 @@ async def _pump_directly(source: Direct, sink: Direct, n_bytes: Count, change: C
                 await _give(sink, change(data))
             elif not sink.give(data):
                 await sink.drain()
-        except _ENDS:
+        except STREAM_ERRORS:
             return sink
         n_bytes(n)
         try:
             await source.readable()
-        except _ENDS:
+        except STREAM_ERRORS:
             return source
 
 
@@ -255,6 +270,7 @@ async def close_quietly(stream: trio.abc.AsyncResource) -> None:
 
 __all__ = [
     "READ_SIZE",
+    "STREAM_ERRORS",
     "Call",
     "Change",
     "Chunk",
@@ -266,6 +282,7 @@ __all__ = [
     "Prefixed",
     "StreamHandler",
     "close_quietly",
+    "gone",
     "join",
     "peer_errors",
     "pump",

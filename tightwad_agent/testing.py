@@ -7,6 +7,7 @@ memory streams in place of TLS. It must never appear in a test that is about the
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import trio
 import trio.testing
 
+from tightwad_agent.direct import SocketEnd
 from tightwad_agent.errors import PeerRefused, PeerUnreachable, RemoteError, TightwadError
 from tightwad_agent.ids import NodeId
 from tightwad_agent.streams import MethodHandler, StreamHandler, close_quietly
@@ -58,6 +60,12 @@ Wire = Callable[[NodeId, NodeId], tuple[trio.abc.Stream, trio.abc.Stream]]
 def unlimited(_source: NodeId, _target: NodeId) -> tuple[trio.abc.Stream, trio.abc.Stream]:
     """A wire in memory, without delay."""
     return trio.testing.memory_stream_pair()
+
+
+def sockets(_source: NodeId, _target: NodeId) -> tuple[trio.abc.Stream, trio.abc.Stream]:
+    """A pair of connected sockets, as the streams of the mesh are underneath."""
+    near, far = map(trio.socket.from_stdlib_socket, socket.socketpair())
+    return SocketEnd(trio.SocketStream(near)), SocketEnd(trio.SocketStream(far))
 
 
 class MemoryMesh:

@@ -23,7 +23,7 @@ from tightwad_agent.swarm.part import PartFile
 from tightwad_agent.swarm.reuse import Held, Missing, take_local
 from tightwad_agent.swarm.service import Phase, SwarmService
 from tightwad_agent.swarm.store import Store
-from tightwad_agent.testing import MemoryMesh, MemoryNode
+from tightwad_agent.testing import MemoryMesh, MemoryNode, sockets
 from tightwad_agent.wire.rows import HeldModel
 
 PATIENCE_S = 60
@@ -227,7 +227,7 @@ def test_the_store_knows_complete_models_and_those_on_their_way(tmp_path: Path, 
 
 class Net:
     def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
-        self.mesh = MemoryMesh(nursery)
+        self.mesh = MemoryMesh(nursery, sockets)
         self.nursery = nursery
         self.folder = folder
 

@@ -14,7 +14,7 @@ import trio
 from tightwad_agent.swarm.gguf import TENSOR_TYPES
 from tightwad_agent.swarm.service import Phase, SwarmService
 from tightwad_agent.swarm.store import Store
-from tightwad_agent.testing import MemoryMesh, MemoryNode
+from tightwad_agent.testing import MemoryMesh, MemoryNode, sockets
 
 PATIENCE_S = 120
 NUMBERS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
@@ -64,7 +64,7 @@ async def test_llama_cpp_loads_what_was_placed(tmp_path: Path, engine_dir: Path,
     taken.parent.mkdir()
     taken.write_bytes(b"of the user")
     async with trio.open_nursery() as nursery:
-        mesh = MemoryMesh(nursery)
+        mesh = MemoryMesh(nursery, sockets)
         seed, at = await node(nursery, mesh, tmp_path, "seed")
         leech, _ = await node(nursery, mesh, tmp_path, "leech")
         await leech.add(str(demo_model))

@@ -686,3 +686,39 @@ async def test_a_busy_tunnel_lets_others_run(wired: Wired) -> None:
                 await trio.sleep(0.005)
         nursery.cancel_scope.cancel()
     assert len(counted) > 20
+
+
+async def test_threads_read_both_ends_while_tasks_write_to_both(ours_of: Make) -> None:
+    """OpenSSL's connection is used by two threads at once; whatever was mixed up would break a record's seal."""
+    near, far = map(trio.socket.from_stdlib_socket, socket.socketpair())
+    ends = ours_of(trio.SocketStream(near)), ours_of(trio.SocketStream(far), True)
+    said = [random.Random(i).randbytes(6 << 20) for i in (1, 2)]
+    heard: list[bytearray] = [bytearray(), bytearray()]
+
+    def read(which: int) -> None:
+        stream, n = ends[which], len(said[1 - which])
+        while len(heard[which]) < n:
+            stream.expect(n - len(heard[which]))
+            data = stream.take()
+            if data is None:
+                assert stream.wait(PATIENCE_S)
+            else:
+                assert data, "it ended early"
+                heard[which] += data
+
+    async def write(which: int) -> None:
+        dice, rest = random.Random(which), memoryview(said[which])
+        while rest:
+            n = dice.choice([1, 20, 5000, 300_000])
+            await ends[which].send_all(rest[:n])
+            rest = rest[n:]
+
+    with trio.fail_after(6 * PATIENCE_S):
+        async with trio.open_nursery() as nursery:
+            for end in ends:
+                nursery.start_soon(end.do_handshake)
+        async with trio.open_nursery() as nursery:
+            for which in (0, 1):
+                nursery.start_soon(ends[which].read_in_thread, lambda which=which: read(which), lambda: None)
+                nursery.start_soon(write, which)
+    assert [bytes(b) for b in heard] == said[::-1]

@@ -101,6 +101,7 @@ class Node:
     talks: dict[str, Conversation] = field(default_factory=dict)
     banned: set[str] = field(default_factory=set)
     came: dict[str, int] = field(default_factory=dict)
+    coming: dict[tuple[str, int], bytes] = field(default_factory=dict)
     sent: int = 0
     alive: bool = True
     twice_asked: set[int] = field(default_factory=set)
@@ -272,8 +273,11 @@ class Swarm:
                 t.progress(peer, self.now)
             case Refused(piece):
                 t.rejected(peer, piece)
-            case Received(piece, data):
-                self.take(node, peer, piece, bytes(data))
+            case Received(piece, bytes(data), offset, last):
+                came = b"" if offset == 0 else node.coming.get((peer, piece), b"")
+                node.coming[peer, piece] = came + data
+                if last:
+                    self.take(node, peer, piece, node.coming.pop((peer, piece)))
 
     def take(self, node: Node, peer: str, piece: int, data: bytes) -> None:
         t = node.tracker

@@ -71,9 +71,15 @@ def test_a_piece_comes_in_blocks() -> None:
     c = talking()
     c.request(0)
     assert [o.message for o in sent(c)] == [Request(0)]
-    effects = give(c, 0)
-    assert effects[:3] == [Progress(BLOCK_BYTES), Progress(BLOCK_BYTES), Progress(5)]
-    assert effects[3] == Received(0, bytearray(DATA[0]))
+    first, second, third = (DATA[0][at : at + BLOCK_BYTES] for at in (0, BLOCK_BYTES, 2 * BLOCK_BYTES))
+    assert give(c, 0) == [
+        Progress(BLOCK_BYTES),
+        Received(0, first, 0, last=False),
+        Progress(BLOCK_BYTES),
+        Received(0, second, BLOCK_BYTES, last=False),
+        Progress(5),
+        Received(0, third, 2 * BLOCK_BYTES, last=True),
+    ]
 
 
 def test_a_request_is_served_in_blocks_after_messages() -> None:
@@ -124,15 +130,17 @@ def test_cancel_is_answered_with_the_rest_or_a_reject() -> None:
     assert sent(c) == [], "all of it was on its way"
 
 
-def test_what_was_cancelled_is_not_kept_but_still_counted() -> None:
+def test_what_was_cancelled_is_of_no_interest_but_still_counted() -> None:
     c = talking()
+    assert not c.wants(0)
     c.request(0)
+    assert c.wants(0)
     c.handle(Block(0, 0), DATA[0][:BLOCK_BYTES])
     c.cancel(0)
     c.cancel(0)
     assert [o.message for o in sent(c)] == [Request(0), Cancel(0)]
     assert c.is_asked(0)
-    assert c._asked[0].blocks == [], "its memory is free"
+    assert not c.wants(0)
     rest = c.handle(Block(0, BLOCK_BYTES), DATA[0][:BLOCK_BYTES]) + c.handle(Block(0, 2 * BLOCK_BYTES), b"xxxxx")
     assert rest == [Progress(BLOCK_BYTES), Progress(5)]
     assert not c.is_asked(0)
@@ -364,18 +372,6 @@ def test_any_order_of_messages_is_served_or_refused(steps: list[tuple[int, int, 
         except ProtocolError:
             return
         assert c.n_queued <= MAX_QUEUED
-
-
-def test_parts_of_a_piece_are_handed_on_as_they_come() -> None:
-    c = Conversation(MODEL, LENGTHS, 2 * BLOCK_BYTES)
-    c.hello(set(), ())
-    c.handle(hello([0]), b"")
-    c.request(0)
-    assert c.handle(Block(0, 0), DATA[0][:BLOCK_BYTES]) == [Progress(BLOCK_BYTES)]
-    blocks = DATA[0][:BLOCK_BYTES], DATA[0][BLOCK_BYTES : 2 * BLOCK_BYTES]
-    assert c.handle(Block(0, BLOCK_BYTES), blocks[1]) == [Progress(BLOCK_BYTES), Received(0, blocks, 0, last=False)]
-    rest = DATA[0][2 * BLOCK_BYTES :]
-    assert c.handle(Block(0, 2 * BLOCK_BYTES), rest) == [Progress(5), Received(0, (rest,), 2 * BLOCK_BYTES, last=True)]
 
 
 def test_a_peer_that_makes_us_wait_shows_that_it_lives() -> None:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tightwad_agent.swarm.pieces import Ask, Limits, PieceTracker, State, bits_of, pieces_of
 
 MIB = 1 << 20
+MANY = 1 << 40
 
 
 def tracker(n: int = 10, have: tuple[int, ...] = (), length: int = MIB, **limits: float) -> PieceTracker:
     """Pieces may be asked of a peer one right after the other, unless `near_bytes` says otherwise."""
-    return PieceTracker([length] * n, have, random.Random(1), Limits(**{"near_bytes": MIB, **limits}))  # type: ignore[arg-type]
+    return PieceTracker([length] * n, have, random.Random(1), Limits(**{"near_bytes": MANY, "per_peer": 2, **limits}))  # type: ignore[arg-type]
 
 
 def join(t: PieceTracker, **peers: object) -> None:
@@ -246,6 +247,21 @@ def test_the_next_piece_is_asked_for_when_little_is_left_of_the_one_before() -> 
     assert fill(t, "a") == [], "two are being checked"
     t.finished(t.fetching[0])
     assert len(fill(t, "a")) == 1
+
+
+def test_the_faster_a_peer_the_more_is_asked_of_it_at_once() -> None:
+    assert max_asked(300) == 6 + 1
+    assert max_asked(40) == 1
+    assert max_asked(1e6) == 9, "per_peer"
+
+
+def max_asked(mib_s: float) -> int:
+    """Of a peer that sends at this rate."""
+    t = tracker(40, near_bytes=MIB - 1, per_peer=9, ahead_s=0.02)
+    join(t, a=range(40))
+    for now in (0.0, 0.05, 0.1):
+        t.progress("a", now, int(mib_s * MIB * 0.05))
+    return len(fill(t, "a"))
 
 
 def test_a_last_resort_is_asked_only_for_what_nobody_has() -> None:

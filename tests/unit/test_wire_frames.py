@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightwad_agent.errors import PeerGone, ProtocolError
-from tightwad_agent.wire.frames import PREFIX, Frame, FrameDecoder, encode
+from tightwad_agent.wire.frames import PREFIX, Begun, Frame, FrameDecoder, StreamingDecoder, encode
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "frames.json").read_text())
 
@@ -105,3 +105,41 @@ def test_what_comes_after_a_frame_stays_for_the_next_protocol() -> None:
     d = decoder()
     assert d.feed_one(encode(b"hello") + b"raw bytes") == Frame(b"hello", b"")
     assert d.buffered == b"raw bytes"
+
+
+def streamed(d: StreamingDecoder, *parts: bytes) -> list[Begun | bytes]:
+    return [x if isinstance(x, Begun) else bytes(x) for part in parts for x in d.feed(memoryview(part))]
+
+
+def test_payloads_are_handed_on_as_they_come() -> None:
+    d = StreamingDecoder(100, 100)
+    wire = encode(b"head", b"payload") + encode(b"", b"") + encode(b"x", b"y")
+    assert streamed(d, wire[:10]) == []
+    assert d.missing == 2 + 7
+    assert streamed(d, wire[10:14]) == [Begun(b"head", 7), b"pa"]
+    assert d.left == d.missing == 5
+    with pytest.raises(PeerGone, match="inside a frame"):
+        d.eof()
+    assert streamed(d, wire[14:]) == [b"yload", Begun(b"", 0), Begun(b"x", 1), b"y"]
+    assert d.missing == 0
+    d.eof()
+
+
+@given(small_frames, st.integers(1, 12))
+def test_streamed_frames_are_the_same_in_any_cut(frames: list[Frame], size: int) -> None:
+    wire = b"".join(encode(*frame) for frame in frames)
+    d = StreamingDecoder(100, 100)
+    found: list[Frame] = []
+    for part in streamed(d, *(wire[at : at + size] for at in range(0, len(wire), size))):
+        if isinstance(part, Begun):
+            found.append(Frame(part.header, b""))
+        else:
+            found[-1] = Frame(found[-1].header, found[-1].payload + part)
+    assert found == frames
+    d.eof()
+
+
+@pytest.mark.parametrize(("n_header", "n_payload"), [(101, 0), (0, 101), (2**32 - 1, 2**32 - 1)])
+def test_streamed_frames_have_the_same_limits(n_header: int, n_payload: int) -> None:
+    with pytest.raises(ProtocolError, match="at most 100 \\+ 100"):
+        streamed(StreamingDecoder(100, 100), PREFIX.pack(n_header, n_payload))

@@ -7,6 +7,7 @@ without `close_notify` is a broken stream and not an end.
 from __future__ import annotations
 
 import ssl
+import threading
 from collections.abc import Callable
 from typing import NoReturn, cast
 
@@ -26,6 +27,8 @@ class TlsStream(Direct):
         self._established = self._ended = False
         self._undecrypted = False
         self._fault: ssl.SSLError | None = None
+        self._one_at_a_time = threading.Lock()
+        """OpenSSL's connection is not made for a thread that reads while another writes."""
 
     async def do_handshake(self) -> None:
         """Raises `BrokenResourceError` from the `SSLError`; the alert that says why is left for `alert`."""
@@ -86,11 +89,11 @@ class TlsStream(Direct):
 
     def _decrypt(self, limit: int) -> int:
         """Bytes decrypted into the shared buffer. 0: none yet, or the end, or a fault."""
-        read, room, came = self._read, self._plain, self._in
+        room, came = self._plain, self._in
         got = 0
         self._undecrypted = False
         try:
-            while n := read(limit - got, room[got:]):
+            while n := self._read_record(limit - got, room[got:]):
                 got += n
                 if got == limit:
                     self._undecrypted = self._more = True
@@ -104,16 +107,22 @@ class TlsStream(Direct):
             self._fault, self._more = exc, True
         return got
 
+    def _read_record(self, limit: int, room: memoryview) -> int:
+        with self._one_at_a_time:
+            return self._read(limit, room)
+
     def give(self, data: bytes | bytearray | memoryview) -> bool:
         self._check_ready()
         try:
-            self._tls.write(data)
+            with self._one_at_a_time:
+                self._tls.write(data)
         except ssl.SSLError as exc:
             self._fail(exc)
         return self._push()
 
     def _push(self) -> bool:
-        records = self._out.read()
+        with self._one_at_a_time:
+            records = self._out.read()
         n = self._send(records)
         if n == len(records):
             return True
@@ -140,11 +149,13 @@ class TlsStream(Direct):
             if self._established and not (self._cut or self._unsent or self._fault):
                 await self._say_goodbye()
         finally:
+            await self._leave_thread()
             await self.transport_stream.aclose()
 
     async def _say_goodbye(self) -> None:
         try:
-            self._tls.unwrap()
+            with self._one_at_a_time:
+                self._tls.unwrap()
         except ssl.SSLError:
             pass  # the peer has not said it yet
         try:

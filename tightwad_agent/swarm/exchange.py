@@ -1,7 +1,7 @@
 """One model among this node and its peers: who is connected, what is asked of whom, what came, what went.
 
-Everything runs in the nursery of `run`: one task that dials and watches deadlines, two for each link. State changes
-only in the trio thread; hashing, reading and writing happen in worker threads.
+Everything runs in the nursery of `run`: one task that dials and watches deadlines, three for each link. State changes
+only in the trio thread; what comes is decrypted, hashed and written by the threads of the links (`intake`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tightwad_agent.errors import DiskFull, PeerError, PeerSilent, ProtocolError
 from tightwad_agent.ids import NodeId
 from tightwad_agent.streams import Framed, OpenStream, close_quietly
 from tightwad_agent.swarm.arrivals import Arrivals, Found
+from tightwad_agent.swarm.intake import Intake, Landed
 from tightwad_agent.swarm.link import Link
 from tightwad_agent.swarm.manifest import Manifest
 from tightwad_agent.swarm.outside import OUTSIDE, LastResort, Outside
@@ -35,9 +36,10 @@ SERVICE = "swarm"
 MAX_LINKS = 64
 DIAL_S = 20.0
 IDLE_S = 10.0
+LEAVE_S = 10.0
+BREATH_S = 0.02
+"""What happens together is looked at together."""
 RATE_WINDOW_S = 5.0
-CHUNK_BYTES = 2 << 20
-"""What comes of a piece is written and hashed in parts of this size; a multiple of a block."""
 READ_BYTES = 4 << 20
 """What is read of a piece at once, to be sent."""
 
@@ -82,7 +84,7 @@ class Exchange:
         self._complete = complete
         self._lengths = [piece.length for piece in manifest.pieces]
         self.tracker = PieceTracker(self._lengths, self.have, rng, limits) if part is not None else None
-        self._arrivals = Arrivals(manifest, part, self._durable) if part is not None else None
+        self._arrivals = Arrivals(manifest, part) if part is not None else None
         self._uploads = uploads or Uploads()
         self._limits = limits or Limits()
         self._outside = LastResort(outside, self) if outside is not None and part is not None else None
@@ -173,7 +175,7 @@ class Exchange:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             if self._arrivals is not None:
-                nursery.start_soon(self._write, self._arrivals)
+                nursery.start_soon(self._sync, self._arrivals)
             if self._outside is not None:
                 for _ in range(self._limits.outside):
                     nursery.start_soon(self._outside.run)
@@ -196,6 +198,8 @@ class Exchange:
             await link.finished.wait()
         finally:
             link.drop()
+            with trio.move_on_after(LEAVE_S, shield=True):
+                await link.finished.wait()
 
     # Links
 
@@ -215,9 +219,11 @@ class Exchange:
         if old is not None:
             self._forget(old)
             old.drop()
-        conversation = Conversation(self.manifest.root, self._lengths, CHUNK_BYTES)
+        conversation = Conversation(self.manifest.root, self._lengths)
         conversation.hello(self.have, self.tracker.fetching if self.tracker else ())
-        link = Link(peer, framed, conversation, self, self._uploads, dialled=dialled, first=first)
+        source = self._arrivals.source() if self._arrivals is not None else None
+        intake = Intake(source, self._lengths, conversation.wants)
+        link = Link(peer, framed, conversation, intake, self, uploads=self._uploads, dialled=dialled, first=first)
         self.links[peer] = link
         return link
 
@@ -230,8 +236,7 @@ class Exchange:
         self.poke.set()
 
     def _forget(self, link: Link) -> None:
-        if self._arrivals is not None:
-            self._arrivals.drop_all(link.peer)
+        link.intake.close()
         if self.tracker is not None and link.peer in self.tracker.peers:
             self.tracker.peer_left(link.peer)
             self.fill_all()
@@ -291,6 +296,7 @@ class Exchange:
                 await self.poke.wait()
             if scope.cancelled_caught and self._complete is not None and not self.links:
                 return
+            await trio.sleep(BREATH_S)
 
     def _next_deadline(self, now: float) -> float:
         if self._complete is not None:
@@ -325,8 +331,8 @@ class Exchange:
 
     # What comes
 
-    async def on_effect(self, link: Link, effect: Effect) -> None:
-        """Called by a link, which waits: so a few received chunks a link are in memory at most."""
+    def on_effect(self, link: Link, effect: Effect) -> None:
+        """Called by a link for everything that comes."""
         if self.links.get(link.peer) is not link:
             return
         tracker = self.tracker
@@ -344,11 +350,13 @@ class Exchange:
                     tracker.progress(link.peer, trio.current_time(), n_bytes)
                     self.came(n_bytes)
                 case Refused(piece):
-                    self._taken_back(link.peer, piece)
+                    link.intake.drop(piece)
                     tracker.rejected(link.peer, piece)
                     self.poke.set()
-                case Received():
-                    await self._take(link, tracker, effect)
+                case Received(piece, Landed() as landed, _, last):
+                    self._take(link, tracker, piece, landed, last)
+                    if not last:
+                        return
             self._fill(link)
         if isinstance(effect, Joined | Updated):
             self._end_if_done(link)
@@ -363,41 +371,50 @@ class Exchange:
                 tracker.returned(other, piece)
                 self._fill(link)
 
-    def _taken_back(self, source: str, piece: int) -> None:
-        if self._arrivals is not None:
-            self._arrivals.drop(source, piece)
-
-    async def _take(self, link: Link, tracker: PieceTracker, came: Received) -> None:
-        if came.last:
-            tracker.arrived(link.peer, came.piece)
-        if await self.found(link.peer, came) is Found.BAD:
-            if tracker.bad(link.peer, came.piece):
+    def _take(self, link: Link, tracker: PieceTracker, piece: int, landed: Landed, last: bool) -> None:
+        if landed.failure is not None:
+            self._fail(landed.failure)
+            return
+        if last:
+            tracker.arrived(link.peer, piece)
+        self._judge(link.peer, piece, landed.found)
+        if landed.found is Found.BAD:
+            if tracker.bad(link.peer, piece):
                 self._ban(link)
             self.fill_all()
+        elif last and landed.found is Found.MORE:  # not all of it was taken
+            tracker.returned(link.peer, piece)
 
-    async def found(self, source: str, came: Received) -> Found:
+    async def store(self, source: str, piece: int, data: bytes) -> Found:
+        """A whole piece that came by another way."""
         if self._arrivals is None or self.failure is not None:
             return Found.MORE
         try:
-            found = await self._arrivals.take(source, came)
+            found = await trio.to_thread.run_sync(self._arrivals.source().take, piece, data)
         except (DiskFull, OSError) as exc:
             self._fail(exc)
             return Found.MORE
-        if found is Found.BAD:
-            log.warning("%s: piece %d from %s is not what it should be", self.manifest.name, came.piece, source[:10])
+        self._judge(source, piece, found)
         return found
 
-    async def _write(self, arrivals: Arrivals) -> None:
+    def _judge(self, source: str, piece: int, found: Found) -> None:
+        if found is Found.BAD:
+            log.warning("%s: piece %d from %s is not what it should be", self.manifest.name, piece, source[:10])
+        elif found is Found.GOOD and self.failure is None and piece not in self.have:
+            self._is_here(source, piece)
+
+    async def _sync(self, arrivals: Arrivals) -> None:
         try:
             await arrivals.run()
         except (DiskFull, OSError) as exc:
             self._fail(exc)
 
-    def _durable(self, source: str, piece: int) -> None:
-        """A piece is here for good."""
+    def _is_here(self, source: str, piece: int) -> None:
         tracker = self.tracker
         if tracker is None:
             return
+        if self._arrivals is not None:
+            self._arrivals.noted()
         self._standings.useful(source)
         self.traffic.from_each_peer[source] += self._lengths[piece]
         self.have.add(piece)
@@ -407,11 +424,13 @@ class Exchange:
             other = self.links.get(NodeId(peer)) if peer != OUTSIDE else None
             if other is not None:
                 other.conversation.cancel(piece)
+                other.wake()
                 self._fill(other)
+        fetching = tracker.fetching
         for other in self.links.values():
             other.conversation.we_have([piece])
-            other.conversation.we_fetch(tracker.fetching)
-            other.wake()
+            other.conversation.we_fetch(fetching)
+            other.has_news()
         self.poke.set()
         self._on_piece()
         if tracker.complete:
@@ -432,9 +451,10 @@ class Exchange:
         return any(peer not in self.links for peer in self._dialling)
 
     def tell_fetching(self, tracker: PieceTracker) -> None:
+        fetching = tracker.fetching
         for other in self.links.values():
-            other.conversation.we_fetch(tracker.fetching)
-            other.wake()
+            other.conversation.we_fetch(fetching)
+            other.has_news()
 
     def _fail(self, exc: TightwadError | OSError) -> None:
         if isinstance(exc, OSError):
@@ -459,6 +479,7 @@ class Exchange:
             asked = True
         if asked:
             self.tell_fetching(tracker)
+            link.wake()
             self.poke.set()
 
     def fill_all(self) -> None:

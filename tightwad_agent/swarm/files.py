@@ -182,7 +182,7 @@ def _copy_by_hand(source: int, start: int, target: int, offset: int, n: int) -> 
     return len(data)
 
 
-def pwrite_all(fd: int, data: bytes | bytearray, offset: int) -> None:
+def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     """`os.pwrite` until everything is written."""
     view = memoryview(data)
     while view:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from typing import Any, Protocol
 
 import trio
@@ -10,21 +11,23 @@ import trio
 from tightwad_agent.errors import PeerError
 from tightwad_agent.ids import NodeId
 from tightwad_agent.streams import Framed
-from tightwad_agent.swarm.peer import Conversation, Effect, Received, Span
+from tightwad_agent.swarm.intake import Intake, reader_of
+from tightwad_agent.swarm.peer import Conversation, Effect, Span
 from tightwad_agent.swarm.uploads import Turn, Uploads
-from tightwad_agent.wire.swarm import Bye, Update
+from tightwad_agent.wire.swarm import Bye, Request, Update
 
 KEEP_ALIVE_S = 8.0
 NEWS_S = 0.05
 """What changes is told together with what else changes in so long."""
-SILENCE_S = 50.0
 SEND_S = 30.0
+AT_ONCE = 64
+"""Messages that are handled before others have their turn."""
 
 
 class Owner(Protocol):
     """What a link needs of the exchange it belongs to."""
 
-    async def on_effect(self, link: Link, effect: Effect, /) -> None: ...
+    def on_effect(self, link: Link, effect: Effect, /) -> None: ...
 
     async def read(self, piece: int, offset: int, /) -> bytes | None: ...
 
@@ -41,25 +44,28 @@ class Link:
         peer: NodeId,
         framed: Framed,
         conversation: Conversation,
+        intake: Intake,
         owner: Owner,
-        uploads: Uploads,
         *,
+        uploads: Uploads,
         dialled: bool,
         first: Any = None,
     ) -> None:
         self.peer = peer
         self.conversation = conversation
         self.dialled = dialled
+        self.intake = intake
         self.ended: PeerError | None = None
         self.finished = trio.Event()
         self._framed = framed
+        self._reader = reader_of(framed.stream, framed.buffered, intake)
         self._owner = owner
         self._uploads = uploads
         self._turn: Turn | None = None
         self._piece, self._from, self._ahead = -1, 0, memoryview(b"")
         """Bytes that were read of a piece, beyond what was sent."""
-        self._to_store, self._came = trio.open_memory_channel[Received](1)
         self._news_at = -math.inf
+        self._awaits_news = False
         self._first = first
         self._wake = trio.Event()
         self._scope = trio.CancelScope()
@@ -67,6 +73,11 @@ class Link:
     def wake(self) -> None:
         """The conversation may have something to send."""
         self._wake.set()
+
+    def has_news(self) -> None:
+        """As `wake`, for news, which wait for their time."""
+        if not self._awaits_news:
+            self._wake.set()
 
     def drop(self) -> None:
         """Ends at once."""
@@ -83,34 +94,29 @@ class Link:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write, nursery.cancel_scope)
-                    nursery.start_soon(self._store)
+                    nursery.start_soon(self._reader.run)
                     await self._receive()
         except* PeerError as group:
             self.ended = _first_of(group)
         finally:
+            self.intake.close()
             self._end_turn()
             self.finished.set()
 
     async def _receive(self) -> None:
         if self._first is not None:
-            await self._handle(self._first, b"")
+            self._handle(self._first, b"")
         while True:
-            message, payload = await self._framed.receive(deadline_s=SILENCE_S)
-            await self._handle(message, payload)
+            for i, (message, payload) in enumerate(await self._reader.get(), 1):
+                self._handle(message, payload)
+                if i % AT_ONCE == 0:
+                    await trio.lowlevel.checkpoint()
 
-    async def _handle(self, message: Any, payload: bytes) -> None:
+    def _handle(self, message: Any, payload: Sized) -> None:
         for effect in self.conversation.handle(message, payload):
-            if isinstance(effect, Received):
-                await self._to_store.send(effect)
-            else:
-                await self._owner.on_effect(self, effect)
-        if self.conversation.speaks or self.conversation.n_queued:
+            self._owner.on_effect(self, effect)
+        if self.conversation.speaks or isinstance(message, Request):
             self.wake()
-
-    async def _store(self) -> None:
-        """One part of a piece is written and hashed while the next one comes."""
-        async for came in self._came:
-            await self._owner.on_effect(self, came)
 
     async def _write(self, whole: trio.CancelScope) -> None:
         while True:
@@ -121,14 +127,21 @@ class Link:
             if outgoing is None:
                 await self._idle()
                 continue
-            if isinstance(outgoing.message, Update):
-                self._news_at = trio.current_time() + NEWS_S
             if outgoing.span is None:
-                await self._framed.send(outgoing.message, deadline_s=SEND_S)
+                await self._send_messages(outgoing.message, whole)
             else:
                 await self._send_block(outgoing.message, outgoing.span)
-            if isinstance(outgoing.message, Bye):
-                whole.cancel()
+
+    async def _send_messages(self, first: object, whole: trio.CancelScope) -> None:
+        """It, and what else there is to say."""
+        messages = [first]
+        while (more := self.conversation.outgoing(news=False, blocks=False)) is not None:
+            messages.append(more.message)
+        if isinstance(first, Update):
+            self._news_at = trio.current_time() + NEWS_S
+        await self._framed.send_together(messages, deadline_s=SEND_S)
+        if isinstance(messages[-1], Bye):
+            whole.cancel()
 
     def _take_turns(self) -> None:
         """A turn is for one piece: then others are next."""
@@ -169,9 +182,10 @@ class Link:
         return self._ahead[start : start + span.length]
 
     async def _idle(self) -> None:
-        news = self.conversation.has_news
+        self._awaits_news = news = self.conversation.has_news
         with trio.move_on_after(max(0.0, self._news_at - trio.current_time()) if news else KEEP_ALIVE_S) as scope:
             await self._wake.wait()
+        self._awaits_news = False
         if scope.cancelled_caught and not news:
             self.conversation.keep_alive()
 

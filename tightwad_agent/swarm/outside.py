@@ -10,7 +10,6 @@ import trio
 from tightwad_agent.errors import OriginError, TightwadError
 from tightwad_agent.swarm.arrivals import Found
 from tightwad_agent.swarm.manifest import Manifest
-from tightwad_agent.swarm.peer import Received
 from tightwad_agent.swarm.pieces import PieceTracker
 from tightwad_agent.swarm.standing import FIRST_RETRY_S, LAST_RETRY_S
 
@@ -49,7 +48,7 @@ class Owner(Protocol):
 
     def came(self, n_bytes: int) -> None: ...
 
-    async def found(self, source: str, came: Received) -> Found: ...
+    async def store(self, source: str, piece: int, data: bytes) -> Found: ...
 
     def tell_fetching(self, tracker: PieceTracker) -> None: ...
 
@@ -98,7 +97,7 @@ class LastResort:
         tracker.arrived(OUTSIDE, piece)  # the source keeps its own deadlines
         data = await self._outside.read(place.offset, place.length)
         self._owner.came(len(data))
-        if await self._owner.found(OUTSIDE, Received(piece, data)) is Found.BAD:
+        if await self._owner.store(OUTSIDE, piece, data) is Found.BAD:
             tracker.bad(OUTSIDE, piece)
             raise OriginError("it is no longer what was added: bytes differ")
 

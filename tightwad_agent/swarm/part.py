@@ -61,6 +61,9 @@ class PartFile:
         self.fds = fds
         self.have = have
         self._lock = threading.Lock()
+        """For the journal."""
+        self._in_use = threading.Lock()
+        """Held while everything is synced, and to close."""
         self._journal_fd = -1
 
     @classmethod
@@ -116,11 +119,12 @@ class PartFile:
         """
         self.write_some(piece, 0, data)
         self.note([piece])
+        self.sync()
 
     def copy_in(self, piece: int, source: int, start: int, tick: Tick = no_tick) -> bool:
         """Copies a piece from `start` of another open file; whether it is that piece is seen here, after copying.
 
-        It is not durable before `note`. Raises as `write` does; `tick` gets the bytes of this piece.
+        It does not count before `note`. Raises as `write` does; `tick` gets the bytes of this piece.
         """
         length, sha256 = self.manifest.pieces[piece][1:]
         fd, offset = self._place(piece)
@@ -128,20 +132,24 @@ class PartFile:
             copied = copy_range(source, start, fd, offset, length, tick=tick)
         return copied and sha256_range(fd, offset, length) == sha256
 
-    def write_some(self, piece: int, offset: int, data: bytes | bytearray) -> None:
+    def write_some(self, piece: int, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Bytes of a piece that is not compared yet; they count only once it was, and after `note`."""
         with self._full_is_said():
             fd, start = self._place(piece)
             pwrite_all(fd, data, start + offset)
 
     def note(self, pieces: Collection[int]) -> None:
-        """Makes pieces durable that were written and compared, and puts them into the journal."""
-        with self._full_is_said():
-            for index in {self.manifest.place(piece)[0] for piece in pieces}:
-                sync_data(self.fds[index])
-            with self._lock:
-                write_all(self._journal_fd, b"".join(_record(i, self.manifest) for i in pieces))
-                sync_data(self._journal_fd)
+        """Puts pieces that were written and compared into the journal: they are there after a crash of this process.
+        After one of the machine as well once `sync` has run; what the journal lists by mistake then, `open` finds."""
+        with self._full_is_said(), self._lock:
+            write_all(self._journal_fd, b"".join(_record(i, self.manifest) for i in pieces))
+
+    def sync(self) -> None:
+        """Everything that was written and noted so far is on the disk. Nothing happens once it is closed."""
+        with self._full_is_said(), self._in_use:
+            for fd in (*self.fds, self._journal_fd):
+                if fd >= 0:
+                    sync_data(fd)
 
     @contextmanager
     def _full_is_said(self) -> Iterator[None]:
@@ -160,10 +168,11 @@ class PartFile:
         return pread_exactly(fd, start + offset, length)
 
     def close(self) -> None:
-        for fd in (*self.fds, self._journal_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fds, self._journal_fd = (-1,) * len(self.fds), -1
+        with self._in_use:
+            for fd in (*self.fds, self._journal_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self.fds, self._journal_fd = (-1,) * len(self.fds), -1
 
     def _place(self, piece: int) -> tuple[int, int]:
         """(open file, offset in it)."""

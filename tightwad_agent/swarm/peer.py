@@ -1,14 +1,15 @@
 """One peer's side of one conversation about one model. Pure: messages in, effects and messages out.
 
 The shell gives every message that came to `handle` and performs the effects; it sends what `outgoing` says, one at a
-time, so that nothing is read from disk before the line has room for it. Whatever the peer does out of place, out of
-range or out of proportion is a `ProtocolError`, and the conversation is over.
+time, so that nothing is read from disk before the line has room for it. Of what comes only the length matters here.
+Whatever the peer does out of place, out of range or out of proportion is a `ProtocolError`, and the conversation is
+over.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,13 +58,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Bytes of a piece we asked for, in order from `offset`; not yet compared with its hash. `last`: all are here.
-    `data` are the blocks as they came, where parts of pieces are handed on."""
+    """A block of a piece we asked for, in order; its bytes, as they were given, begin at `offset`. `last`: all of the
+    piece have come."""
 
     piece: int
-    data: bytes | tuple[bytes, ...]
-    offset: int = 0
-    last: bool = True
+    data: Sized
+    offset: int
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +94,18 @@ class Outgoing(NamedTuple):
 
 @dataclass(slots=True)
 class _Incoming:
-    """An answer that is under way. `n_bytes` have come; `blocks` are kept until they are handed on."""
+    """An answer that is under way. `n_bytes` have come."""
 
-    blocks: list[bytes]
     n_bytes: int = 0
     cancelled: bool = False
 
 
 class Conversation:
-    """Both directions between us and one peer, after the stream was opened. What comes is handed on in parts of `chunk`
-    bytes, a multiple of a block; 0: in whole pieces."""
+    """Both directions between us and one peer, after the stream was opened."""
 
-    def __init__(self, model: ModelId, lengths: Sequence[int], chunk: int = 0) -> None:
+    def __init__(self, model: ModelId, lengths: Sequence[int]) -> None:
         self._model = model
         self._lengths = lengths
-        self._chunk = chunk
         self._greeted = False
         self._asked: dict[int, _Incoming] = {}
         self._queue: dict[int, int] = {}
@@ -170,18 +168,22 @@ class Conversation:
         """Asks for a piece. Asking again before the answer, or beyond `may_ask`, is a bug."""
         if piece in self._asked or not self.may_ask:
             raise ValueError(f"piece {piece} cannot be asked for now")
-        self._asked[piece] = _Incoming([])
+        self._asked[piece] = _Incoming()
         self._out.append(Request(piece))
 
     def is_asked(self, piece: int) -> bool:
         return piece in self._asked
 
+    def wants(self, piece: int) -> bool:
+        """It was asked for, and not taken back. May be called in any thread."""
+        incoming = self._asked.get(piece)
+        return incoming is not None and not incoming.cancelled
+
     def cancel(self, piece: int) -> None:
-        """Takes a request back; its bytes are no longer kept."""
+        """Takes a request back; its bytes are no longer of interest."""
         incoming = self._asked.get(piece)
         if incoming is not None and not incoming.cancelled:
             incoming.cancelled = True
-            incoming.blocks = []
             self._out.append(Cancel(piece))
 
     def we_have(self, pieces: Iterable[int]) -> None:
@@ -237,9 +239,9 @@ class Conversation:
 
     # The peer
 
-    def handle(self, message: Any, payload: bytes) -> list[Effect]:
+    def handle(self, message: Any, payload: Sized) -> list[Effect]:
         """What a message of the peer means. Raises `ProtocolError`, and `PeerRefused` for its `Bye`."""
-        if payload and not isinstance(message, Block):
+        if len(payload) and not isinstance(message, Block):
             raise ProtocolError(f"swarm: {type(message).__name__} with a payload")
         if isinstance(message, Bye):
             raise PeerRefused(message.reason or "the peer ended the conversation")
@@ -301,7 +303,7 @@ class Conversation:
             self._reject(piece, Why.CANCELLED)
         return []  # else the last block and the cancel crossed on their way
 
-    def _on_block(self, block: Block, payload: bytes) -> list[Effect]:
+    def _on_block(self, block: Block, payload: Sized) -> list[Effect]:
         incoming = self._asked.get(block.piece)
         if incoming is None:
             raise ProtocolError(f"swarm: piece {block.piece} came without having been asked for")
@@ -317,15 +319,8 @@ class Conversation:
             del self._asked[block.piece]
         effects: list[Effect] = [Progress(len(payload))]
         if not incoming.cancelled:
-            incoming.blocks.append(payload)
-            if last or len(incoming.blocks) * BLOCK_BYTES == self._chunk:
-                effects.append(self._hand_on(block.piece, incoming, last))
+            effects.append(Received(block.piece, payload, block.offset, last))
         return effects
-
-    def _hand_on(self, piece: int, incoming: _Incoming, last: bool) -> Received:
-        blocks, incoming.blocks = incoming.blocks, []
-        offset = incoming.n_bytes - sum(map(len, blocks))
-        return Received(piece, tuple(blocks) if self._chunk else b"".join(blocks), offset, last)
 
     def _on_reject(self, reject: Reject) -> list[Effect]:
         incoming = self._asked.pop(reject.piece, None)

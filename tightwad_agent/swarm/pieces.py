@@ -26,6 +26,8 @@ class Rng(Protocol):
     def randrange(self, stop: int, /) -> int: ...
 
 
+RATE_S: Final = 0.1
+"""So long bytes are counted to know the rate of a peer."""
 _DIE: Final = 1 << 30
 _NOTHING: Final[Set[int]] = frozenset()
 _Entry = tuple[int, int, int]
@@ -42,9 +44,11 @@ class State(Enum):
 class Limits:
     """How much is asked at once (which bounds what is held in memory), and how long an answer may take."""
 
-    per_peer: int = 2
+    per_peer: int = 12
     near_bytes: int = 512 << 10
-    """Another piece is asked of a peer when so little is left of the one before: earlier it would only wait there."""
+    ahead_s: float = 0.02
+    """Another piece is asked of a peer when so little is left of those before, or what comes in so long at the rate
+    that it sends: earlier it would only wait there, later the peer would."""
     total: int = 64
     outside: int = 2
     stall_s: float = 20.0
@@ -83,6 +87,13 @@ class _Peer:
     has: set[int] = field(default_factory=set)
     fetching: frozenset[int] = frozenset()
     asked: dict[int, _Asked] = field(default_factory=dict)
+    rate: float = 0.0
+    """Bytes a second that came of late."""
+    rate_from: float = -math.inf
+    """Since when `rate_bytes` came."""
+    rate_bytes: int = 0
+    is_full: bool = False
+    """As much was asked as is to be asked ahead, and more than half of that is left."""
     rarest: list[_Entry] = field(default_factory=list)
     stale: bool = True
     """`rarest` has to be made anew."""
@@ -214,13 +225,20 @@ class PieceTracker:
         known = self._peers[peer]
         if len(known.asked) >= self._limits.per_peer or self._n_asks >= self._limits.total:
             return None
-        if any(asked.left > self._limits.near_bytes for asked in known.asked.values()):
+        if self._is_full(known):
             return None
         bad = self._bad.get(peer, _NOTHING)
         piece = self._rarest(known, bad) if self._wanted else self._late(peer, known.has, bad, now)
         if piece is not None:
             self._ask(peer, known, piece, now)
         return piece
+
+    def _is_full(self, known: _Peer) -> bool:
+        """Of a fast peer several pieces are asked for at a time: each message costs both."""
+        left = sum(asked.left for asked in known.asked.values())
+        near, ahead = self._limits.near_bytes, known.rate * self._limits.ahead_s
+        known.is_full = left > max(near, ahead) or (known.is_full and left > max(near, ahead / 2))
+        return known.is_full
 
     def choose_nowhere(self, source: str, now: float) -> int | None:
         """As `choose`, for a source that is no peer and has everything, but is the last to be asked: a piece that no
@@ -235,7 +253,13 @@ class PieceTracker:
 
     def progress(self, peer: str, now: float, n_bytes: int = 0) -> None:
         """Some bytes of something asked came from `peer`, in the order it was asked."""
-        for ask in self._peers[peer].asked.values():
+        known = self._peers[peer]
+        known.rate_bytes += n_bytes
+        took_s = now - known.rate_from
+        if took_s >= RATE_S:
+            known.rate = known.rate_bytes / took_s
+            known.rate_from, known.rate_bytes = now, 0
+        for ask in known.asked.values():
             n_here = min(n_bytes, ask.left)
             ask.left, n_bytes = ask.left - n_here, n_bytes - n_here
             if ask.hard_deadline < math.inf:

@@ -144,3 +144,4 @@ class _Copying:
         self._noted_at = self._n_bytes
         if done:
             self._part.note(done)
+            self._part.sync()

@@ -9,6 +9,7 @@ limits before a byte of the body is awaited, so a peer cannot make us hold more 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from tightwad_agent.errors import PeerGone, ProtocolError
@@ -87,13 +88,73 @@ class FrameDecoder:
         begin = at + PREFIX.size
         if len(self._buffer) < begin:
             return None
-        n_header, n_payload = PREFIX.unpack_from(self._buffer, at)
-        if n_header > self._max_header or n_payload > self._max_payload:
-            raise ProtocolError(
-                f"frame of {n_header} + {n_payload} bytes, at most {self._max_header} + {self._max_payload} are taken"
-            )
+        n_header, n_payload = _lengths(self._buffer, at, self._max_header, self._max_payload)
         end = begin + n_header + n_payload
         if len(self._buffer) < end:
             return None
         with memoryview(self._buffer) as view:
             return Frame(bytes(view[begin : begin + n_header]), bytes(view[begin + n_header : end]))
+
+
+class Begun(NamedTuple):
+    """The header of a frame, and how many bytes of payload follow it."""
+
+    header: bytes
+    n_payload: int
+
+
+class StreamingDecoder:
+    """As `FrameDecoder`, but payloads are handed on as they come, without a copy."""
+
+    def __init__(self, max_header: int = MAX_HEADER, max_payload: int = 0) -> None:
+        self._max_header = max_header
+        self._max_payload = max_payload
+        self._head = bytearray()
+        """Prefix and header of the frame that has begun, as far as they came."""
+        self._n_head = PREFIX.size
+        self._n_payload = 0
+        self.left = 0
+        """Bytes of the payload that has begun that have not come."""
+
+    def feed(self, data: memoryview) -> Iterator[Begun | memoryview]:
+        """For each frame its `Begun`, then its payload in parts of `data`. Raises `ProtocolError` as `FrameDecoder`."""
+        while data:
+            if self.left:
+                part, data = data[: self.left], data[self.left :]
+                self.left -= len(part)
+                yield part
+                continue
+            n = self._n_head - len(self._head)
+            self._head += data[:n]
+            data = data[n:]
+            if len(self._head) == self._n_head == PREFIX.size:
+                n_header, self._n_payload = _lengths(self._head, 0, self._max_header, self._max_payload)
+                self._n_head += n_header
+            if len(self._head) == self._n_head:
+                yield self._begin()
+
+    def _begin(self) -> Begun:
+        begun = Begun(bytes(self._head[PREFIX.size :]), self._n_payload)
+        self._head.clear()
+        self._n_head, self.left = PREFIX.size, self._n_payload
+        return begun
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the frame that has begun still lacks; 0 if that is not known."""
+        if len(self._head) < PREFIX.size:
+            return self.left
+        return self._n_head - len(self._head) + self._n_payload
+
+    def eof(self) -> None:
+        """The stream ended. Raises `PeerGone` if it ended inside a frame."""
+        if self._head or self.left:
+            raise PeerGone("the connection ended inside a frame")
+
+
+def _lengths(buffer: bytearray, at: int, max_header: int, max_payload: int) -> tuple[int, int]:
+    """Of header and payload of the frame that begins at byte `at`. Raises `ProtocolError` beyond the limits."""
+    n_header, n_payload = PREFIX.unpack_from(buffer, at)
+    if n_header > max_header or n_payload > max_payload:
+        raise ProtocolError(f"frame of {n_header} + {n_payload} bytes, at most {max_header} + {max_payload} are taken")
+    return n_header, n_payload
