@@ -20,8 +20,9 @@ TAKE_SIZE = 256 << 10
 """What one system call reads at most, and what is encrypted before it is sent: a stream holds a small multiple."""
 _UNSENT_LOW = 128 << 10
 """A socket counts as writable again below this; with trio's own 16 KiB a sender is woken half as often again."""
-_WORTH = 32 << 10
-_AT_ONCE = 128 << 10
+_RECORD = 17 << 10
+"""So much of what is expected may be here already, as part of a TLS record."""
+_AT_ONCE = 256 << 10
 """Where a large message is under way, a receiver is woken when so much of it is there, and not for each packet."""
 _LEAVE_S = 10.0
 """A thread that reads may still have to write to a slow disk before it can leave."""
@@ -78,7 +79,7 @@ class Direct(trio.abc.Stream):
     def _ask_for_plenty(self) -> None:
         """The socket is readable when so much is there as is worth a `take`. What is known to come over the wire is a
         little more than what a `take` has not given yet."""
-        n_bytes = min(self._expected - _WORTH, _AT_ONCE) if self._expected > 2 * _WORTH else 1
+        n_bytes = max(1, min(self._expected - _RECORD, _AT_ONCE))
         if n_bytes != self._low_water:
             _set(self._raw, socket.SO_RCVLOWAT, n_bytes, socket.SOL_SOCKET)
             self._low_water = n_bytes
@@ -170,6 +171,24 @@ class Direct(trio.abc.Stream):
             await self.readable()  # two receivers at once: trio says so here
             data = self.take(max_bytes or TAKE_SIZE)
         return bytes(data)
+
+    def send_now(self, data: bytes) -> bool:
+        """Sends at most `TAKE_SIZE` bytes without a checkpoint. False: some of it is left, `send_rest` comes next."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is already sending")
+        if self._cut:
+            raise trio.BrokenResourceError("an earlier send was given up half way")
+        self._cut = not self.give(data)
+        return not self._cut
+
+    async def send_rest(self) -> None:
+        """Of what `send_now` did not send."""
+        self._sending = True
+        try:
+            await self.drain()
+            self._cut = False
+        finally:
+            self._sending = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         if self._sending:

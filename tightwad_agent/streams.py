@@ -74,9 +74,20 @@ class Framed:
             await self.stream.send_all(encode(self._codec.encode(message), payload))
 
     async def send_together(self, messages: Sequence[object], *, deadline_s: float = math.inf) -> None:
-        """Several without payloads, as one write. Raises as `send`."""
-        with peer_errors(deadline_s):
-            await self.stream.send_all(b"".join(encode(self._codec.encode(message)) for message in messages))
+        """Several small ones without payloads, as one write; no checkpoint where the system takes it at once.
+        Raises as `send`."""
+        data = b"".join([encode(self._codec.encode(message)) for message in messages])
+        if not isinstance(self.stream, Direct) or len(data) > TAKE_SIZE:
+            with peer_errors(deadline_s):
+                await self.stream.send_all(data)
+            return
+        try:
+            sent = self.stream.send_now(data)
+        except STREAM_ERRORS as exc:
+            raise gone(exc) from None
+        if not sent:
+            with peer_errors(deadline_s):
+                await self.stream.send_rest()
 
     async def receive(self, *, deadline_s: float = math.inf) -> tuple[Any, bytes]:
         """The next message and its payload. Raises `PeerGone`, `PeerSilent` or `ProtocolError`."""

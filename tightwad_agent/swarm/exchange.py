@@ -19,7 +19,7 @@ from tightwad_agent.ids import NodeId
 from tightwad_agent.streams import Framed, OpenStream, close_quietly
 from tightwad_agent.swarm.arrivals import Arrivals, Found
 from tightwad_agent.swarm.intake import Intake, Landed
-from tightwad_agent.swarm.link import Link
+from tightwad_agent.swarm.link import NEWS_S, Link
 from tightwad_agent.swarm.manifest import Manifest
 from tightwad_agent.swarm.outside import OUTSIDE, LastResort, Outside
 from tightwad_agent.swarm.part import PartFile
@@ -37,6 +37,7 @@ MAX_LINKS = 64
 DIAL_S = 20.0
 IDLE_S = 10.0
 LEAVE_S = 10.0
+IDLE_NEWS_S = 1.0
 BREATH_S = 0.02
 """What happens together is looked at together."""
 RATE_WINDOW_S = 5.0
@@ -83,6 +84,7 @@ class Exchange:
         self._part = part
         self._complete = complete
         self._lengths = [piece.length for piece in manifest.pieces]
+        self._n_bytes = sum(self._lengths[i] for i in self.have)
         self.tracker = PieceTracker(self._lengths, self.have, rng, limits) if part is not None else None
         self._arrivals = Arrivals(manifest, part) if part is not None else None
         self._uploads = uploads or Uploads()
@@ -105,7 +107,7 @@ class Exchange:
     @property
     def n_bytes(self) -> int:
         """Bytes of pieces that are here."""
-        return sum(self._lengths[i] for i in self.have)
+        return self._n_bytes
 
     @property
     def sources(self) -> int:
@@ -165,6 +167,7 @@ class Exchange:
         """Ends all links after telling why; `run` returns."""
         self._stopping = True
         self.have.clear()
+        self._n_bytes = 0
         for link in self.links.values():
             link.bye(reason)
         if self._nursery is not None:
@@ -179,6 +182,7 @@ class Exchange:
             if self._outside is not None:
                 for _ in range(self._limits.outside):
                     nursery.start_soon(self._outside.run)
+            nursery.start_soon(self._tick)
             task_status.started()
             await self._drive()
             nursery.cancel_scope.cancel()
@@ -298,6 +302,13 @@ class Exchange:
                 return
             await trio.sleep(BREATH_S)
 
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(NEWS_S if self.links else IDLE_NEWS_S)
+            now = trio.current_time()
+            for link in self.links.values():
+                link.tick(now)
+
     def _next_deadline(self, now: float) -> float:
         if self._complete is not None:
             return math.inf if self.links else now + IDLE_S
@@ -331,35 +342,36 @@ class Exchange:
 
     # What comes
 
-    def on_effect(self, link: Link, effect: Effect) -> None:
+    def on_effects(self, link: Link, effects: Sequence[Effect]) -> None:
         """Called by a link for everything that comes."""
-        if self.links.get(link.peer) is not link:
-            return
-        tracker = self.tracker
-        if tracker is not None:
-            match effect:
-                case Joined(has, fetching):
-                    tracker.peer_joined(link.peer)
-                    tracker.peer_has(link.peer, has)
-                    tracker.peer_fetching(link.peer, fetching)
-                case Updated(has, fetching):
-                    tracker.peer_has(link.peer, has)
-                    tracker.peer_fetching(link.peer, fetching)
-                    self._ask_rarer(tracker, link.peer, has)
-                case Progress(n_bytes):
-                    tracker.progress(link.peer, trio.current_time(), n_bytes)
-                    self.came(n_bytes)
-                case Refused(piece):
-                    link.intake.drop(piece)
-                    tracker.rejected(link.peer, piece)
-                    self.poke.set()
-                case Received(piece, Landed() as landed, _, last):
-                    self._take(link, tracker, piece, landed, last)
-                    if not last:
-                        return
-            self._fill(link)
-        if isinstance(effect, Joined | Updated):
-            self._end_if_done(link)
+        for effect in effects:
+            if self.links.get(link.peer) is not link:
+                return
+            if self.tracker is not None:
+                self._on_effect(link, self.tracker, effect)
+            if isinstance(effect, Joined | Updated):
+                self._end_if_done(link)
+        self._fill(link)
+
+    def _on_effect(self, link: Link, tracker: PieceTracker, effect: Effect) -> None:
+        match effect:
+            case Progress(n_bytes):
+                tracker.progress(link.peer, trio.current_time(), n_bytes)
+                self.came(n_bytes)
+            case Received(piece, Landed() as landed, _, last):
+                self._take(link, tracker, piece, landed, last)
+            case Updated(has, fetching):
+                tracker.peer_has(link.peer, has)
+                tracker.peer_fetching(link.peer, fetching)
+                self._ask_rarer(tracker, link.peer, has)
+            case Joined(has, fetching):
+                tracker.peer_joined(link.peer)
+                tracker.peer_has(link.peer, has)
+                tracker.peer_fetching(link.peer, fetching)
+            case Refused(piece):
+                link.intake.drop(piece)
+                tracker.rejected(link.peer, piece)
+                self.poke.set()
 
     def _ask_rarer(self, tracker: PieceTracker, peer: NodeId, has: Sequence[int]) -> None:
         """What `peer` can give now need not be waited for at those who have what nobody else has."""
@@ -418,6 +430,7 @@ class Exchange:
         self._standings.useful(source)
         self.traffic.from_each_peer[source] += self._lengths[piece]
         self.have.add(piece)
+        self._n_bytes += self._lengths[piece]
         if self._part is not None:
             self._part.have.add(piece)
         for peer, _ in tracker.finished(piece):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import trio
@@ -11,10 +11,10 @@ import trio
 from tightwad_agent.errors import PeerError
 from tightwad_agent.ids import NodeId
 from tightwad_agent.streams import Framed
-from tightwad_agent.swarm.intake import Intake, reader_of
+from tightwad_agent.swarm.intake import Intake, Item, Landed, reader_of
 from tightwad_agent.swarm.peer import Conversation, Effect, Span
 from tightwad_agent.swarm.uploads import Turn, Uploads
-from tightwad_agent.wire.swarm import Bye, Request, Update
+from tightwad_agent.wire.swarm import Bye, Update
 
 KEEP_ALIVE_S = 8.0
 NEWS_S = 0.05
@@ -27,7 +27,7 @@ AT_ONCE = 64
 class Owner(Protocol):
     """What a link needs of the exchange it belongs to."""
 
-    def on_effect(self, link: Link, effect: Effect, /) -> None: ...
+    def on_effects(self, link: Link, effects: Sequence[Effect], /) -> None: ...
 
     async def read(self, piece: int, offset: int, /) -> bytes | None: ...
 
@@ -65,7 +65,7 @@ class Link:
         self._piece, self._from, self._ahead = -1, 0, memoryview(b"")
         """Bytes that were read of a piece, beyond what was sent."""
         self._news_at = -math.inf
-        self._awaits_news = False
+        self._said_at = trio.current_time()
         self._first = first
         self._wake = trio.Event()
         self._scope = trio.CancelScope()
@@ -76,8 +76,16 @@ class Link:
 
     def has_news(self) -> None:
         """As `wake`, for news, which wait for their time."""
-        if not self._awaits_news:
+        if trio.current_time() >= self._news_at:
             self._wake.set()
+
+    def tick(self, now: float) -> None:
+        """To be called every `NEWS_S`."""
+        if self.conversation.has_news:
+            self.has_news()
+        elif now - self._said_at >= KEEP_ALIVE_S:
+            self.conversation.keep_alive()
+            self.wake()
 
     def drop(self) -> None:
         """Ends at once."""
@@ -104,18 +112,21 @@ class Link:
             self.finished.set()
 
     async def _receive(self) -> None:
-        if self._first is not None:
-            self._handle(self._first, b"")
+        items: list[Item] = [] if self._first is None else [(self._first, Landed(0))]
         while True:
-            for i, (message, payload) in enumerate(await self._reader.get(), 1):
-                self._handle(message, payload)
-                if i % AT_ONCE == 0:
-                    await trio.lowlevel.checkpoint()
+            for at in range(0, len(items), AT_ONCE):
+                self._handle(items[at : at + AT_ONCE])
+                await trio.lowlevel.checkpoint()
+            items = await self._reader.get()
 
-    def _handle(self, message: Any, payload: Sized) -> None:
-        for effect in self.conversation.handle(message, payload):
-            self._owner.on_effect(self, effect)
-        if self.conversation.speaks or isinstance(message, Request):
+    def _handle(self, items: Sequence[Item]) -> None:
+        effects: list[Effect] = []
+        try:
+            for message, payload in items:
+                effects += self.conversation.handle(message, payload)
+        finally:
+            self._owner.on_effects(self, effects)
+        if self.conversation.speaks or self.conversation.n_queued:
             self.wake()
 
     async def _write(self, whole: trio.CancelScope) -> None:
@@ -125,8 +136,9 @@ class Link:
             news = trio.current_time() >= self._news_at
             outgoing = self.conversation.outgoing(news=news, blocks=self._turn is not None and self._turn.granted)
             if outgoing is None:
-                await self._idle()
+                await self._wake.wait()
                 continue
+            self._said_at = trio.current_time()
             if outgoing.span is None:
                 await self._send_messages(outgoing.message, whole)
             else:
@@ -180,14 +192,6 @@ class Link:
                 return None
             self._piece, self._from, self._ahead, start = span.piece, span.offset, memoryview(data), 0
         return self._ahead[start : start + span.length]
-
-    async def _idle(self) -> None:
-        self._awaits_news = news = self.conversation.has_news
-        with trio.move_on_after(max(0.0, self._news_at - trio.current_time()) if news else KEEP_ALIVE_S) as scope:
-            await self._wake.wait()
-        self._awaits_news = False
-        if scope.cancelled_caught and not news:
-            self.conversation.keep_alive()
 
 
 def _first_of(group: BaseExceptionGroup[PeerError]) -> PeerError:
