@@ -149,3 +149,55 @@ async def test_other_streams_stay_what_they_are() -> None:
 async def test_no_bytes_cannot_be_asked_for(pair: Pair, bad: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         await pair[0].receive_some(bad)
+
+
+async def test_what_the_system_does_not_take_at_once_is_sent_later(pair: Pair) -> None:
+    ours, far = pair
+    said = [random.Random(i).randbytes(TAKE_SIZE) for i in range(100)]
+    n = 0
+    while ours.send_now(said[n]):
+        n += 1
+    with pytest.raises(trio.BrokenResourceError, match="half way"):
+        ours.send_now(b"in between")
+    n += 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ours.send_rest)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            ours.send_now(b"from another task")
+        assert await all_of(far, n * TAKE_SIZE) == b"".join(said[:n])
+    assert ours.send_now(b"go on")
+    assert await all_of(far, 5) == b"go on"
+
+
+async def test_a_send_that_was_given_up_half_way_leaves_no_stream(pair: Pair) -> None:
+    ours, _ = pair
+    while ours.send_now(bytes(TAKE_SIZE)):
+        pass
+    with trio.move_on_after(0.05):
+        await ours.send_rest()
+    with pytest.raises(trio.BrokenResourceError, match="half way"):
+        ours.send_now(b"x")
+
+
+@pytest.mark.parametrize("pair", ["tcp"], indirect=True)
+async def test_a_thread_is_woken_when_as_much_is_there_as_it_expects(pair: Pair) -> None:
+    ours, far = pair
+    woken: list[tuple[bool, int]] = []
+
+    def read() -> None:
+        ours.expect(100_000)
+        assert ours.take() is None
+        woken.append((ours.wait(0.3), 0))
+        woken.append((ours.wait(20), len(ours.take() or b"")))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ours.read_in_thread, read, lambda: None)
+        await trio.sleep(0.1)
+        far.sendall(bytes(10_000))
+        await trio.sleep(0.4)
+        far.sendall(bytes(90_000))
+    (early, _), (late, n_bytes) = woken
+    assert not early, "not for the first packets"
+    assert late
+    assert n_bytes > 80_000

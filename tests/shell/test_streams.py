@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tightwad_agent.direct import TAKE_SIZE, SocketEnd
 from tightwad_agent.errors import PeerGone, PeerSilent, ProtocolError
 from tightwad_agent.streams import READ_SIZE, Framed, Prefixed, close_quietly, join, peer_errors, pump, splice
+from tightwad_agent.testing import node_id, sockets
 from tightwad_agent.wire.codec import Codec
 from tightwad_agent.wire.frames import PREFIX, encode
 
@@ -469,3 +470,36 @@ async def test_a_pump_that_never_waits_can_be_cancelled() -> None:
         with trio.move_on_after(0.01) as scope:
             await pump(near, far, [].append)
     assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("by_socket", [True, False])
+async def test_messages_that_are_sent_together_come_one_by_one(by_socket: bool) -> None:
+    near, far = sockets(node_id("a"), node_id("b")) if by_socket else trio.testing.memory_stream_pair()
+    messages = [Ping(1), Pong("x"), Ping(2)]
+    async with near, far:
+        await Framed(near, TALK).send_together(messages, deadline_s=5)
+        there = Framed(far, TALK)
+        assert [await there.receive(deadline_s=5) for _ in messages] == [(message, b"") for message in messages]
+
+
+async def send_on_and_on(framed: Framed, deadline_s: float) -> None:
+    for _ in range(1000):
+        await framed.send_together([Pong("x" * 60_000)], deadline_s=deadline_s)
+
+
+async def test_a_peer_that_does_not_read_what_is_sent_together_is_noticed() -> None:
+    near, far = sockets(node_id("a"), node_id("b"))
+    framed = Framed(near, TALK)
+    async with near, far:
+        with pytest.raises(PeerSilent):
+            await send_on_and_on(framed, 0.05)
+        with pytest.raises(PeerGone, match="broke"):
+            await framed.send_together([Ping(1)], deadline_s=0.05)
+
+
+async def test_a_peer_that_is_gone_is_noticed_where_messages_are_sent_together() -> None:
+    near, far = sockets(node_id("a"), node_id("b"))
+    async with near:
+        await far.aclose()
+        with pytest.raises(PeerGone, match="broke"):
+            await send_on_and_on(Framed(near, TALK), 5)
