@@ -133,10 +133,19 @@ def test_one_that_was_closed_while_it_wrote_writes_no_more(desk: Desk, monkeypat
     thread.start()
     assert inside.wait(20)
     gone.close()
-    assert [desk.give("a", 1, GOOD, i) for i in range(3)][-1] is Found.GOOD
+    desk.give("a", 1, GOOD, 0)
     go_on.set()
     thread.join(20)
+    assert [desk.give("a", 1, GOOD, i) for i in (1, 2)][-1] is Found.GOOD
     assert desk.on_disk(1) == of(1)
+
+
+def test_one_that_was_closed_while_it_began_is_no_writer(desk: Desk) -> None:
+    gone, other = desk.source("gone"), desk.source("a")
+    gone.close()
+    assert desk.arrivals.begin(gone, 0)
+    assert desk.arrivals.begin(other, 0)
+    assert not desk.arrivals.begin(desk.source("b"), 0)
 
 
 def test_bytes_out_of_order_or_too_many_or_too_few_are_no_piece(desk: Desk) -> None:
@@ -146,6 +155,10 @@ def test_bytes_out_of_order_or_too_many_or_too_few_are_no_piece(desk: Desk) -> N
     source.put(0, 0, of(0)[:CHUNK])
     source.put(0, 2 * CHUNK, of(0)[2 * CHUNK :])
     assert source.finish(0) is Found.MORE
+    source.put(0, 0, of(0)[:CHUNK])
+    source.put(0, CHUNK + 1, of(0)[CHUNK:])
+    assert source.finish(0) is Found.MORE, "all of it, but not where it belongs"
+    assert desk.on_disk(1) == bytes(LENGTH)
     source.put(0, 0, of(0)[:CHUNK])
     source.drop(0)
     source.put(0, CHUNK, of(0)[CHUNK:])

@@ -111,6 +111,11 @@ def test_a_block_that_does_not_fit_touches_nothing(desk: Desk, block: Block) -> 
     assert desk.on_disk() == bytes(PLAN.size)
 
 
+def test_a_block_longer_than_its_piece_touches_nothing(desk: Desk) -> None:
+    assert desk.feed(frame(Block(1, 0), DATA[1] + b"\xff" * 500)) == [(Block(1, 0), Landed(1500))]
+    assert desk.on_disk() == bytes(PLAN.size)
+
+
 def test_what_was_not_asked_for_or_taken_back_touches_nothing(desk: Desk) -> None:
     desk.wanted.clear()
     assert desk.feed(piece(1)) == [(Block(1, 0), Landed(1000))]

@@ -18,7 +18,7 @@ import trio
 from tightwad_agent.errors import AgentRunning, PeerError, ProtocolError, UnknownModel
 from tightwad_agent.ids import ModelId, NodeId, SafeName
 from tightwad_agent.streams import Framed
-from tightwad_agent.swarm import exchange, intake, link, manifest, part, service, standing, transfer
+from tightwad_agent.swarm import arrivals, exchange, intake, link, manifest, part, service, standing, transfer
 from tightwad_agent.swarm.exchange import Exchange
 from tightwad_agent.swarm.manifest import Manifest, Piece
 from tightwad_agent.swarm.part import PartFile
@@ -451,6 +451,24 @@ async def test_a_peer_with_an_oversized_frame(tmp_path: Path) -> None:
         await trio.sleep_forever()
 
     await fight(tmp_path, huge)
+
+
+async def test_what_comes_is_synced_while_the_transfer_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    real = PartFile.sync
+
+    def sync(self: PartFile) -> None:
+        synced.append(len(self.have))
+        real(self)
+
+    monkeypatch.setattr(PartFile, "sync", sync)
+    monkeypatch.setattr(arrivals, "SYNC_S", 0.0)
+    async with net(tmp_path) as network:
+        seed, model = await seed_of(network, "seed", BIG)
+        node = await network.node("leech")
+        node.leech(model.model, seed)
+        await node.until_complete(model.model)
+    assert synced
 
 
 async def test_a_peer_that_is_silent_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
