@@ -34,11 +34,12 @@ from mesh_lab import founder, links_of, member  # noqa: E402
 from tightwad_agent.engine.commands import GRAPHS, RPC  # noqa: E402
 from tightwad_agent.engine.forward import Forwarder  # noqa: E402
 from tightwad_agent.engine.graph_codec import VERSION, GraphDecoder, GraphEncoder  # noqa: E402
+from tightwad_agent.engine.rpc_answers import Answers  # noqa: E402
 from tightwad_agent.ids import Address, Epoch  # noqa: E402
 from tightwad_agent.mesh import identity, tls  # noqa: E402
 from tightwad_agent.mesh.identity import Identity  # noqa: E402
 from tightwad_agent.mesh.links import Services, open_listeners  # noqa: E402
-from tightwad_agent.streams import join, uncounted  # noqa: E402
+from tightwad_agent.tunnel import join, uncounted  # noqa: E402
 
 LOOPBACK = "127.0.0.1"
 N_UP, N_DOWN = 16 << 10, 2 << 10
@@ -282,8 +283,9 @@ async def far_ours(folder: Path, port: int) -> None:
     """The worker's end."""
 
     async def rpc(_peer: Any, stream: trio.abc.Stream, args: dict[str, Any]) -> None:
-        change = GraphDecoder().feed if GRAPHS in args else None
-        await join(stream, await trio.open_tcp_stream(LOOPBACK, port), uncounted, uncounted, change)
+        graphs = GraphDecoder() if GRAPHS in args else None
+        local = await trio.open_tcp_stream(LOOPBACK, port)
+        await join(stream, local, uncounted, uncounted, to_right=graphs, to_left=Answers())
 
     listeners = await open_listeners(0, LOOPBACK)
     _ready(listeners[0].socket.getsockname()[1])

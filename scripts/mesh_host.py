@@ -38,7 +38,7 @@ from tightwad_agent.engine.verifying import VerifierClient
 from tightwad_agent.errors import TightwadError
 from tightwad_agent.proxy.costs import Costs
 from tightwad_agent.proxy.generation import VerifierGenerator
-from tightwad_agent.streams import splice
+from tightwad_agent.tunnel import splice
 from tightwad_agent.wire.draft import DrafterInfo
 
 LOAD_S = 300.0

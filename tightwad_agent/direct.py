@@ -20,8 +20,6 @@ TAKE_SIZE = 256 << 10
 """What one system call reads at most, and what is encrypted before it is sent: a stream holds a small multiple."""
 _UNSENT_LOW = 128 << 10
 """A socket counts as writable again below this; with trio's own 16 KiB a sender is woken half as often again."""
-_RECORD = 17 << 10
-"""So much of what is expected may be here already, as part of a TLS record."""
 _AT_ONCE = 256 << 10
 """Where a large message is under way, a receiver is woken when so much of it is there, and not for each packet."""
 _LEAVE_S = 10.0
@@ -34,6 +32,9 @@ class Direct(trio.abc.Stream):
 
     It takes the socket over: the stream it was made of is empty afterwards, and `transport_stream` is in its place.
     """
+
+    may_be_here = 0
+    """So much of what is expected may have come over the wire without a `take` having given it."""
 
     def __init__(self, transport: trio.SocketStream) -> None:
         raw = socket.socket(fileno=transport.socket.detach())
@@ -68,7 +69,7 @@ class Direct(trio.abc.Stream):
         if self._more:
             await trio.lowlevel.checkpoint()
         else:
-            self._ask_for_plenty()
+            self.ask_for_plenty()
             await trio.lowlevel.wait_readable(self._raw)
 
     def expect(self, n_bytes: int) -> None:
@@ -76,10 +77,9 @@ class Direct(trio.abc.Stream):
         Holds until it is called again."""
         self._expected = n_bytes
 
-    def _ask_for_plenty(self) -> None:
-        """The socket is readable when so much is there as is worth a `take`. What is known to come over the wire is a
-        little more than what a `take` has not given yet."""
-        n_bytes = max(1, min(self._expected - _RECORD, _AT_ONCE))
+    def ask_for_plenty(self) -> None:
+        """The socket is readable when so much is there as is worth a `take`."""
+        n_bytes = max(1, min(self._expected - self.may_be_here, _AT_ONCE))
         if n_bytes != self._low_water:
             _set(self._raw, socket.SO_RCVLOWAT, n_bytes, socket.SOL_SOCKET)
             self._low_water = n_bytes
@@ -88,7 +88,27 @@ class Direct(trio.abc.Stream):
         """Returns when all that was given is on its way."""
         while self._unsent:
             await trio.lowlevel.wait_writable(self._raw)
+            self.push()
+
+    def push(self) -> bool:
+        """Sends what is left of what was given, without waiting; whether nothing is left."""
+        if self._unsent:
             self._unsent = self._unsent[self._send(self._unsent) :]
+        return not self._unsent
+
+    @property
+    def unsent(self) -> bool:
+        """Some of what was given is left."""
+        return bool(self._unsent)
+
+    @property
+    def has_more(self) -> bool:
+        """Another `take` is worth it without waiting."""
+        return self._more
+
+    def fileno(self) -> int:
+        """Of the socket."""
+        return self._raw.fileno()
 
     def _receive(self, buffer: memoryview) -> int | None:
         """Bytes read, 0 at the end, None: nothing there."""
@@ -115,27 +135,28 @@ class Direct(trio.abc.Stream):
     async def read_in_thread(self, work: Callable[[], None], stop: Callable[[], None]) -> None:
         """Runs `work` in a thread; only there are `take` and `wait` called meanwhile. When this is cancelled, or the
         stream is closed, `stop` is called, and the thread finds the end of the stream."""
-        self._wire, self._plain = _new_buffers()
+        self.use_own_buffers(self)
         self._thread_left, self._stop_thread = trio.Event(), stop
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._stop_when_cancelled)
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))
-                nursery.cancel_scope.cancel()
+            await run_in_thread(work, self._stop_reading)
         finally:
             self._thread_left.set()
 
-    async def _stop_when_cancelled(self) -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            self._stop_reading()
+    @staticmethod
+    def use_own_buffers(*streams: Direct) -> None:
+        """Those of one thread, which are not those of trio's."""
+        wire, plain = _new_buffers()
+        for stream in streams:
+            stream._wire, stream._plain = wire, plain
 
     def _stop_reading(self) -> None:
         self._stop_thread()
+        self.shut(socket.SHUT_RD)
+
+    def shut(self, how: int = socket.SHUT_RDWR) -> None:
+        """Whoever waits for the socket is woken: it is at its end."""
         try:
-            self._raw.shutdown(socket.SHUT_RD)
+            self._raw.shutdown(how)
         except OSError:
             pass  # it is broken already
 
@@ -150,7 +171,7 @@ class Direct(trio.abc.Stream):
         """Blocks until another `take` is worth it; False if it was not in that time."""
         if self._more:
             return True
-        self._ask_for_plenty()
+        self.ask_for_plenty()
         poll = select.poll()
         poll.register(self._raw, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
@@ -248,6 +269,22 @@ class SocketEnd(Direct):
             return True
         self._unsent = memoryview(bytes(data[n:]))  # `data` may lie in a buffer that others use next
         return False
+
+
+async def run_in_thread(work: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Runs `work` in a thread of its own until it returns; when this is cancelled, `stop` asks it to."""
+
+    async def stop_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            stop()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stop_when_cancelled)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))
+        nursery.cancel_scope.cancel()
 
 
 def direct(stream: trio.abc.Stream) -> trio.abc.Stream:

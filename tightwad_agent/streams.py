@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from tightwad_agent.direct import TAKE_SIZE, Direct, direct
+from tightwad_agent.direct import TAKE_SIZE, Direct
 from tightwad_agent.errors import PeerGone, PeerSilent, ProtocolError
 from tightwad_agent.ids import NodeId
 from tightwad_agent.wire.codec import Codec
@@ -159,120 +159,6 @@ class Prefixed(trio.abc.Stream):
         await self._stream.aclose()
 
 
-Count = Callable[[int], None]
-"""Told of each chunk that was passed on, in bytes."""
-
-Chunk = bytes | bytearray | memoryview
-Later = Callable[[], Awaitable[Chunk]]
-"""Bytes that have to be fetched when it is their turn. Raises `ProtocolError`."""
-Change = Callable[[Chunk], Sequence[Chunk | Later]]
-"""What to pass on in place of a chunk: nothing, itself, or other bytes. Raises `ProtocolError`."""
-
-
-async def pump(
-    source: trio.abc.ReceiveStream, sink: trio.abc.SendStream, n_bytes: Count, change: Change | None = None
-) -> trio.abc.AsyncResource:
-    """Copies until the source ends or either side breaks; which of the two it was. The caller closes both."""
-    if isinstance(source, Direct) and isinstance(sink, Direct):
-        return await _pump_directly(source, sink, n_bytes, change)
-    while True:
-        try:
-            data = await source.receive_some(READ_SIZE)
-        except STREAM_ERRORS:
-            return source
-        if not data:
-            return source
-        try:
-            for chunk in change(data) if change else (data,):
-                await sink.send_all(await chunk() if callable(chunk) else chunk)
-        except STREAM_ERRORS:
-            return sink
-        n_bytes(len(data))
-
-
-async def _pump_directly(source: Direct, sink: Direct, n_bytes: Count, change: Change | None) -> trio.abc.AsyncResource:
-    while True:
-        try:
-            while (data := source.take()) is None:
-                await source.readable()
-        except STREAM_ERRORS:
-            return source
-        if not (n := len(data)):
-            return source
-        try:
-            if change is not None:
-                await _give(sink, change(data))
-            elif not sink.give(data):
-                await sink.drain()
-        except STREAM_ERRORS:
-            return sink
-        n_bytes(n)
-        try:
-            await source.readable()
-        except STREAM_ERRORS:
-            return source
-
-
-async def _give(sink: Direct, chunks: Sequence[Chunk | Later]) -> None:
-    """In as few writes as they need. What was taken is lost at the first checkpoint: then a copy is made of it."""
-    ready = [chunk for chunk in chunks if not callable(chunk)]
-    if len(ready) == len(chunks):
-        await _give_all(sink, ready)
-        return
-    for chunk in [chunk if callable(chunk) else bytes(chunk) for chunk in chunks]:
-        await _give_all(sink, [await chunk() if callable(chunk) else chunk])
-
-
-async def _give_all(sink: Direct, chunks: Sequence[Chunk]) -> None:
-    """As one write if they fit into one. A chunk as it was taken fits; of more than one a copy is made."""
-    data = memoryview(chunks[0] if len(chunks) == 1 else b"".join(chunks))
-    for start in range(0, len(data), TAKE_SIZE):
-        if not sink.give(data[start : start + TAKE_SIZE]):
-            await sink.drain()
-
-
-async def join(
-    left: trio.abc.Stream, right: trio.abc.Stream, n_right: Count, n_left: Count, change: Change | None = None
-) -> bool:
-    """Joins two streams until either direction ends or the task is cancelled, then closes both.
-
-    Whether it was the right one that ended or broke first. `n_right` counts what went there, `n_left` what came back.
-    `change` is applied to what goes to the right, which is counted as it was before; its errors are raised.
-    """
-    left, right = direct(left), direct(right)
-    first: list[trio.abc.AsyncResource] = []
-    errors: list[ProtocolError] = []
-    try:
-        async with trio.open_nursery() as nursery:
-
-            async def one_way(
-                source: trio.abc.Stream, sink: trio.abc.Stream, n_bytes: Count, change: Change | None = None
-            ) -> None:
-                try:
-                    first.append(await pump(source, sink, n_bytes, change))
-                except ProtocolError as exc:
-                    errors.append(exc)
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(one_way, left, right, n_right, change)
-            nursery.start_soon(one_way, right, left, n_left)
-    finally:  # also when cancelled
-        await close_quietly(left)
-        await close_quietly(right)
-    if errors:
-        raise errors[0]
-    return first[0] is right
-
-
-def uncounted(_n: int) -> None:
-    """Nobody wants to know."""
-
-
-async def splice(left: trio.abc.Stream, right: trio.abc.Stream, n_bytes: Count = uncounted) -> None:
-    """`join` for those who do not ask which side ended, or which way the bytes went."""
-    await join(left, right, n_bytes, n_bytes)
-
-
 async def close_quietly(stream: trio.abc.AsyncResource) -> None:
     """Closes without a goodbye and without waiting for the peer."""
     with trio.CancelScope(shield=True):
@@ -283,20 +169,13 @@ __all__ = [
     "READ_SIZE",
     "STREAM_ERRORS",
     "Call",
-    "Change",
-    "Chunk",
     "Frame",
     "Framed",
-    "Later",
     "MethodHandler",
     "OpenStream",
     "Prefixed",
     "StreamHandler",
     "close_quietly",
     "gone",
-    "join",
     "peer_errors",
-    "pump",
-    "splice",
-    "uncounted",
 ]

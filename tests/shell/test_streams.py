@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import trio
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from tightwad_agent.direct import TAKE_SIZE, SocketEnd
 from tightwad_agent.errors import PeerGone, PeerSilent, ProtocolError
-from tightwad_agent.streams import READ_SIZE, Framed, Prefixed, close_quietly, join, peer_errors, pump, splice
+from tightwad_agent.filters import Changing
+from tightwad_agent.streams import READ_SIZE, Framed, Prefixed, close_quietly, peer_errors
 from tightwad_agent.testing import node_id, sockets
+from tightwad_agent.tunnel import join, pump, splice
 from tightwad_agent.wire.codec import Codec
 from tightwad_agent.wire.frames import PREFIX, encode
 
@@ -377,7 +380,7 @@ def halved(data: bytes | bytearray | memoryview) -> list[bytes | bytearray | mem
 async def test_what_goes_to_the_right_can_be_changed_on_the_way() -> None:
     counted: list[int] = []
     left, right = Scripted(b"abc", b"x", b"de", b"", then=None), Scripted(b"x", then=None)
-    await join(left, right, counted.append, [].append, lambda data: [*halved(data), b"|"])
+    await join(left, right, counted.append, [].append, to_right=Changing(lambda data: [*halved(data), b"|"]))
     assert (right.sent, counted) == (b"abc||de|", [3, 1, 2])
     assert left.sent == b"x"
 
@@ -390,9 +393,8 @@ async def test_changed_between_sockets_to_more_than_fits_into_one_write(n_chunks
     made = [bytes([i]) * (2 * TAKE_SIZE + i) for i in range(n_chunks)]
     counted: list[int] = []
     async with trio.open_nursery() as nursery, user, worker:
-        nursery.start_soon(
-            join, left, right, counted.append, [].append, lambda data: [data, *made] if n_chunks > 1 else made
-        )
+        change = Changing(lambda data: [data, *made] if n_chunks > 1 else made)
+        nursery.start_soon(partial(join, left, right, counted.append, [].append, to_right=change))
         for _ in range(3):
             await user.send_all(b"abcdef")
             wanted = b"".join([b"abcdef", *made] if n_chunks > 1 else made)
@@ -409,7 +411,7 @@ async def test_nothing_is_passed_on_between_sockets_for_what_is_held() -> None:
     user, left = socket_streams()
     right, worker = socket_streams()
     async with trio.open_nursery() as nursery, user, worker:
-        nursery.start_soon(join, left, right, [].append, [].append, halved)
+        nursery.start_soon(partial(join, left, right, [].append, [].append, to_right=Changing(halved)))
         for data in (b"x", b"abc"):
             await user.send_all(data)
             await trio.testing.wait_all_tasks_blocked(0.05)
@@ -429,7 +431,7 @@ async def test_an_error_of_the_change_is_raised_and_both_are_closed(is_direct: b
     async with user, worker:
         await user.send_all(b"x")
         with pytest.raises(ProtocolError, match="no"), trio.fail_after(20):
-            await join(left, right if is_direct else scripted, [].append, [].append, refuse)
+            await join(left, right if is_direct else scripted, [].append, [].append, to_right=Changing(refuse))
         assert await user.receive_some(100) == b""
         if is_direct:
             assert await worker.receive_some(100) == b""

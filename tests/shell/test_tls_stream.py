@@ -21,7 +21,7 @@ from tightwad_agent.errors import NotTrusted, PeerGone, ProtocolError
 from tightwad_agent.mesh import certs, tls
 from tightwad_agent.mesh.identity import Identity
 from tightwad_agent.mesh.tls_stream import TlsStream
-from tightwad_agent.streams import join
+from tightwad_agent.tunnel import join
 
 ROLES = pytest.mark.parametrize("server_side", [False, True], ids=["client", "server"])
 

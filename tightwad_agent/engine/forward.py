@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 
 from tightwad_agent.engine import weights_codec
+from tightwad_agent.engine.alloc_sizes import AllocSizes
 from tightwad_agent.engine.argv import LOOPBACK
 from tightwad_agent.engine.commands import GRAPHS, MODEL, RPC, WEIGHTS, plain_epoch
 from tightwad_agent.engine.graph_codec import VERSION, GraphEncoder
 from tightwad_agent.engine.weights_codec import Weights, WeightsEncoder
 from tightwad_agent.errors import TightwadError
+from tightwad_agent.filters import Chunk, Filter, Item
 from tightwad_agent.ids import Epoch, NodeId
-from tightwad_agent.streams import Change, Chunk, OpenStream, join, peer_errors
+from tightwad_agent.streams import OpenStream, peer_errors
+from tightwad_agent.tunnel import Count, join
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,9 @@ class Forwarder:
         self._lost = lost
         self._encodes = graphs == VERSION
         self._model = model
+        self._sizes = AllocSizes()
+        self._counting = threading.Lock()
+        """Each connection has a thread that counts."""
         self._file = file if file and file.places and weights == weights_codec.VERSION else None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -74,7 +81,8 @@ class Forwarder:
         except TightwadError as exc:
             self._lost(self.node, f"no connection to its worker: {exc.message}")
             return
-        if await join(local, remote, self._up, self._down, self._encoder()):
+        requests = _Requests(self._sizes if self._encodes else None, self._file, self._saved)
+        if await join(local, remote, self._up, self._down, to_right=requests, to_left=requests.answers):
             self._lost(self.node, "the connection to its worker ended")
 
     def _args(self) -> dict[str, Any]:
@@ -82,24 +90,53 @@ class Forwarder:
         weights = {WEIGHTS: weights_codec.VERSION, MODEL: self._model} if self._file else {}
         return {"epoch": plain_epoch(self._epoch)} | graphs | weights
 
-    def _encoder(self) -> Change | None:
-        """For one connection."""
-        graphs = GraphEncoder() if self._encodes else None
-        weights = WeightsEncoder(self._file) if self._file else None
-        if graphs is None and weights is None:
-            return None
-
-        def change(data: Chunk) -> list[Chunk]:
-            made = graphs.feed(data) if graphs else [data]
-            if weights:
-                made = [made_of for chunk in made for made_of in weights.feed(chunk)]
-            self.bytes_saved += len(data) - sum(map(len, made))
-            return made
-
-        return change
+    def _saved(self, n_bytes: int) -> None:
+        with self._counting:
+            self.bytes_saved += n_bytes
 
     def _up(self, n_bytes: int) -> None:
-        self.bytes_up += n_bytes
+        with self._counting:
+            self.bytes_up += n_bytes
 
     def _down(self, n_bytes: int) -> None:
-        self.bytes_down += n_bytes
+        with self._counting:
+            self.bytes_down += n_bytes
+
+
+class _Requests(Filter):
+    """Of one connection, from the engine to the worker: made small where the worker's end can make them whole again."""
+
+    def __init__(self, sizes: AllocSizes | None, file: Weights | None, saved: Count) -> None:
+        self._graphs = None if sizes is None else GraphEncoder(sizes)
+        self._weights = None if file is None else WeightsEncoder(file)
+        self._saved = saved
+        self._follows: Filter = self._graphs or Filter()
+        self.answers = Filter() if self._graphs is None else self._graphs.answers
+        self.in_bursts = self._follows.in_bursts
+
+    @property
+    def missing(self) -> int:
+        """See `Filter`; so the others."""
+        return self._follows.missing
+
+    @property
+    def is_inside(self) -> bool:
+        """A message has begun."""
+        return self._follows.is_inside
+
+    @property
+    def more_follows(self) -> bool:
+        """The worker waits for more."""
+        return self._follows.more_follows
+
+    def feed(self, data: Chunk) -> Sequence[Item]:
+        """What the worker's end is sent."""
+        items = self._follows.feed(data)
+        if self._weights is not None:
+            items = [made for item in items for made in self._lightened(item, self._weights)]
+        self._saved(len(data) - sum(len(item) for item in items if isinstance(item, Chunk)))
+        return items
+
+    @staticmethod
+    def _lightened(item: Item, weights: WeightsEncoder) -> Sequence[Item]:
+        return weights.feed(item) if isinstance(item, Chunk) else (item,)

@@ -20,14 +20,16 @@ import struct
 from abc import ABC, abstractmethod
 from functools import cached_property
 
+from tightwad_agent.engine.alloc_sizes import GET_ALLOC_SIZE, REQUEST_BYTES, AllocSizes, Asked
 from tightwad_agent.engine.graph_delta import Columns, applied, columns, difference
 from tightwad_agent.errors import ProtocolError
+from tightwad_agent.filters import Back, Chunk, Filter, Item
 
 VERSION = 1
 """Of the messages above; a worker that says another one, or none, is spoken to plainly."""
 
-HELLO, GRAPH_COMPUTE = 14, 10
-"""Of the engine. HELLO begins each connection."""
+HELLO, GRAPH_COMPUTE, SET_TENSOR = 14, 10, 6
+"""Of the engine. HELLO begins each connection; SET_TENSOR is not answered, and nothing begins with it."""
 PLAIN, SAME, DELTA = 0xF0, 0xF1, 0xF2
 FIRST_OWN = 0xF0
 """Commands from here on are ours."""
@@ -45,8 +47,6 @@ _WORTH = 0.75
 _HEADER = struct.Struct("<BQ")
 _WHICH = struct.Struct("<B")
 _DELTA = struct.Struct("<BI")
-
-Chunk = bytes | bytearray | memoryview
 
 
 class Graph:
@@ -95,7 +95,7 @@ class Remembered:
         return next((which for which, graph in enumerate(self._graphs) if len(graph.payload) == n), NOTHING)
 
 
-class _Messages(ABC):
+class _Messages(Filter, ABC):
     """Follows a stream of messages and takes some out of it."""
 
     def __init__(self) -> None:
@@ -105,15 +105,16 @@ class _Messages(ABC):
         self._head = b""  # of the message that passes: its header as far as it came
         self._held = bytearray()  # of the message that is taken out
         self._due = 0  # bytes until it, or its header, is whole; 0: none is taken out
+        self._last = -1  # the command of the last message
 
-    def feed(self, data: Chunk) -> list[Chunk]:
+    def feed(self, data: Chunk) -> list[Item]:
         """What to pass on for it, in order; parts of `data` are not copied."""
         if self._is_plain:
             return [data]
         if len(data) <= self._left:
             self._left -= len(data)
             return [data]
-        view, at, out = memoryview(data), 0, list[Chunk]()
+        view, at, out = memoryview(data), 0, list[Item]()
         while at < len(view) and not self._is_plain:
             if not (self._left or self._head or self._due) and self._is_special(view[at]):
                 self._meet(view[at], out)
@@ -125,7 +126,7 @@ class _Messages(ABC):
             out.append(view[at:])
         return out
 
-    def _pass(self, view: memoryview, start: int, out: list[Chunk]) -> int:
+    def _pass(self, view: memoryview, start: int, out: list[Item]) -> int:
         """Over all messages up to a special one; where that begins, or the data ends."""
         at, n = start, len(view)
         while at < n:
@@ -144,11 +145,11 @@ class _Messages(ABC):
         end = at + _HEADER.size - len(self._head)
         self._head += view[at:end]
         if len(self._head) == _HEADER.size:
-            _command, self._left = _HEADER.unpack(self._head)
+            self._last, self._left = _HEADER.unpack(self._head)
             self._head = b""
         return min(end, len(view))
 
-    def _hold(self, view: memoryview, at: int, out: list[Chunk]) -> int:
+    def _hold(self, view: memoryview, at: int, out: list[Item]) -> int:
         end = at + self._due
         part = view[at:end]
         self._held += part
@@ -157,9 +158,10 @@ class _Messages(ABC):
             self._held_whole(out)
         return min(end, len(view))
 
-    def _held_whole(self, out: list[Chunk]) -> None:
+    def _held_whole(self, out: list[Item]) -> None:
         """Its header is there, or all of it."""
         command, size = _HEADER.unpack_from(self._held)
+        self._last = command
         if len(self._held) == _HEADER.size:
             if not self._is_taken(command, size):
                 self._left = size
@@ -178,7 +180,7 @@ class _Messages(ABC):
         """Whether a message that begins so may be more than one that passes."""
 
     @abstractmethod
-    def _meet(self, command: int, out: list[Chunk]) -> None:
+    def _meet(self, command: int, out: list[Item]) -> None:
         """A special message begins: may have it held."""
 
     @abstractmethod
@@ -186,24 +188,44 @@ class _Messages(ABC):
         """Whether it is held further, now that its size is known; else it passes."""
 
     @abstractmethod
-    def _take(self, command: int, payload: bytes, out: list[Chunk]) -> None:
+    def _take(self, command: int, payload: bytes, out: list[Item]) -> None:
         """It is whole."""
 
     def _hold_header(self) -> None:
         self._due = _HEADER.size
 
+    @property
+    def missing(self) -> int:
+        """Of the message that has begun; at least a header, if none has."""
+        return 1 if self._is_plain else self._left or self._due or _HEADER.size - len(self._head)
+
+    @property
+    def is_inside(self) -> bool:
+        """See `Filter`."""
+        return not self._is_plain and bool(self._left or self._due or self._head)
+
 
 class GraphEncoder(_Messages):
-    """At the coordinator. Takes anything: what is no RPC passes."""
+    """At the coordinator. Takes anything: what is no RPC passes. Questions whose answers are in `sizes` are answered;
+    what the worker sends back goes through `answers`."""
 
-    def __init__(self) -> None:
+    in_bursts = True
+
+    def __init__(self, sizes: AllocSizes | None = None) -> None:
         super().__init__()
         self._has_begun = False
+        self._asked = Asked(sizes if sizes is not None else AllocSizes())
+        self.answers: Filter = _Heard(self._asked)
+
+    @property
+    def more_follows(self) -> bool:
+        """See `Filter`."""
+        return not self._is_plain and (self.is_inside or self._last == SET_TENSOR)
 
     def _is_special(self, command: int) -> bool:
-        return command == GRAPH_COMPUTE or command >= FIRST_OWN or not self._has_begun
+        return command in (GRAPH_COMPUTE, GET_ALLOC_SIZE) or command >= FIRST_OWN or not self._has_begun
 
-    def _meet(self, command: int, out: list[Chunk]) -> None:
+    def _meet(self, command: int, out: list[Item]) -> None:
         if command >= FIRST_OWN or not (self._has_begun or command == HELLO):
             out.append(_message(PLAIN))
             self._is_plain = True
@@ -211,10 +233,17 @@ class GraphEncoder(_Messages):
             self._hold_header()
         self._has_begun = True
 
-    def _is_taken(self, command: int, size: int) -> bool:  # noqa: ARG002 - only one is held
-        return MIN_GRAPH <= size <= MAX_GRAPH
+    def _is_taken(self, command: int, size: int) -> bool:
+        return size == REQUEST_BYTES if command == GET_ALLOC_SIZE else MIN_GRAPH <= size <= MAX_GRAPH
 
-    def _take(self, command: int, payload: bytes, out: list[Chunk]) -> None:
+    def _take(self, command: int, payload: bytes, out: list[Item]) -> None:
+        if command == GET_ALLOC_SIZE:
+            known = self._asked.known(payload)
+            out.append(_message(command, payload) if known is None else Back(known))
+        else:
+            self._take_graph(command, payload, out)
+
+    def _take_graph(self, command: int, payload: bytes, out: list[Item]) -> None:
         which = self._remembered.same(payload)
         if which is not None:
             self._remembered.reused(which)
@@ -230,13 +259,25 @@ class GraphEncoder(_Messages):
         out.append(_message(DELTA, _DELTA.pack(which, len(payload)) + packed))
 
 
+class _Heard(Filter):
+    """What comes back from the worker."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+
+    def feed(self, data: Chunk) -> tuple[Chunk]:
+        """Itself."""
+        self._asked.heard(data)
+        return (data,)
+
+
 class GraphDecoder(_Messages):
     """At the worker. `feed` raises `ProtocolError` for what no encoder sends; the stream is of no use then."""
 
     def _is_special(self, command: int) -> bool:
         return command >= FIRST_OWN
 
-    def _meet(self, command: int, out: list[Chunk]) -> None:  # noqa: ARG002 - nothing passes here
+    def _meet(self, command: int, out: list[Item]) -> None:  # noqa: ARG002 - nothing passes here
         if command > DELTA:
             raise ProtocolError(f"RPC command {command}", hint="the coordinator runs a newer tightwad-agent")
         self._hold_header()
@@ -247,7 +288,7 @@ class GraphDecoder(_Messages):
             raise ProtocolError(f"an RPC message {command:#x} of {size} bytes; {least} to {most} are taken")
         return True
 
-    def _take(self, command: int, payload: bytes, out: list[Chunk]) -> None:
+    def _take(self, command: int, payload: bytes, out: list[Item]) -> None:
         if command == PLAIN:
             self._is_plain = True
         elif command == SAME:

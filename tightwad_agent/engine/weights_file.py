@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,12 +12,10 @@ from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 
-import trio
-
 from tightwad_agent.engine.weights_codec import Extent, Places, Weights, WeightsDecoder
 from tightwad_agent.errors import WeightsDiffer
+from tightwad_agent.filters import Chunk, Filter, Item
 from tightwad_agent.ids import ModelId
-from tightwad_agent.streams import Change, Chunk, Later
 
 MAX_READERS = 4
 """Blocks that are read at once on this node, over all streams."""
@@ -26,7 +25,7 @@ MAX_CHECKED = 1 << 17
 
 Identity = tuple[int, int, int, int]
 """Device, number, size, time of change."""
-_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("weights_file.readers")
+_reading = threading.BoundedSemaphore(MAX_READERS)
 
 
 class WeightsOf:
@@ -65,19 +64,19 @@ class Checked:
         self._blocks[block] = self._clock()
 
 
-class WeightsFile:
+class WeightsFile(Filter):
     """A model file for the length of a `with` block. Raises `OSError`.
 
-    `changed` is what a stream from the coordinator is changed with on its way to the worker; `then` is applied to what
-    comes out. It raises `ProtocolError` for what no encoder sends, and `WeightsDiffer` where the file does not hold
-    what the coordinator's does.
+    Through it goes what comes from the coordinator; `then` is applied to what comes out. `feed` and what it returns
+    raise `ProtocolError` for what no encoder sends, and `WeightsDiffer` where the file does not hold what the
+    coordinator's does.
     """
 
-    def __init__(self, path: Path, checked: Checked, then: Change | None = None) -> None:
+    def __init__(self, path: Path, checked: Checked, then: Filter | None = None) -> None:
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._decoder = WeightsDecoder(os.fstat(self._fd).st_size)
         self._checked = checked
-        self._then = then
+        self._then = then or Filter()
 
     def __enter__(self) -> WeightsFile:
         return self
@@ -87,21 +86,22 @@ class WeightsFile:
     ) -> None:
         os.close(self._fd)
 
-    def changed(self, data: Chunk) -> Sequence[Chunk | Later]:
-        """See `streams.Change`."""
+    def feed(self, data: Chunk) -> Sequence[Item]:
+        """What the worker gets."""
         items = self._decoder.feed(data)
         if any(isinstance(item, Extent) for item in items):
             return [partial(self._later, item if isinstance(item, Extent) else bytes(item)) for item in items]
         return [chunk for item in items if not isinstance(item, Extent) for chunk in self._now(item)]
 
-    def _now(self, data: Chunk) -> Sequence[Chunk | Later]:
-        return self._then(data) if self._then else (data,)
+    def _now(self, data: Chunk) -> Sequence[Item]:
+        return self._then.feed(data)
 
-    async def _later(self, item: Chunk | Extent) -> Chunk:
+    def _later(self, item: Chunk | Extent) -> Chunk:
         """What comes after a block must go through `then` after it."""
         if isinstance(item, Extent):
-            item = await trio.to_thread.run_sync(read, self._fd, item, self._checked, limiter=_readers())
-        return b"".join(chunk for chunk in self._now(item) if not callable(chunk))
+            with _reading:
+                item = read(self._fd, item, self._checked)
+        return b"".join(chunk for chunk in self._now(item) if isinstance(chunk, Chunk))
 
 
 def read(fd: int, extent: Extent, checked: Checked) -> bytes:
@@ -123,11 +123,3 @@ def identity_of(file: int | Path) -> Identity:
     """What a file is known by. Raises `OSError`."""
     found = os.stat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _readers() -> trio.CapacityLimiter:
-    try:
-        return _limiter.get()
-    except LookupError:
-        _limiter.set(trio.CapacityLimiter(MAX_READERS))
-        return _limiter.get()

@@ -31,6 +31,7 @@ from tightwad_agent.engine.graph_codec import VERSION, GraphDecoder
 from tightwad_agent.engine.leased import Attend, Lease, Phase, until_exit
 from tightwad_agent.engine.process import Child, Engine, Spawner, free_port, listens
 from tightwad_agent.engine.restart import RestartPolicy
+from tightwad_agent.engine.rpc_answers import Answers
 from tightwad_agent.engine.weights_file import Checked, Identity, WeightsFile, identity_of
 from tightwad_agent.errors import (
     EngineMismatch,
@@ -40,8 +41,10 @@ from tightwad_agent.errors import (
     TightwadError,
     WeightsDiffer,
 )
+from tightwad_agent.filters import Filter
 from tightwad_agent.ids import NO_EPOCH, Epoch, ModelId, NodeId
-from tightwad_agent.streams import Change, MethodHandler, StreamHandler, join, uncounted
+from tightwad_agent.streams import MethodHandler, StreamHandler
+from tightwad_agent.tunnel import join, uncounted
 
 log = logging.getLogger(__name__)
 
@@ -152,11 +155,11 @@ class WorkerService:
 
     async def _rpc(self, peer: NodeId, stream: trio.abc.Stream, args: dict[str, Any]) -> None:
         self._lease.check(epoch_of(args), peer)
-        with self._changed(args, _decoder(graphs_of(args))) as change:
-            await self._join(stream, change)
+        with self._filtered(args, _decoder(graphs_of(args))) as to_worker:
+            await self._join(stream, to_worker)
 
     @contextmanager
-    def _changed(self, args: dict[str, Any], graphs: Change | None) -> Iterator[Change | None]:
+    def _filtered(self, args: dict[str, Any], graphs: Filter) -> Iterator[Filter]:
         """What a stream with these arguments is changed with."""
         weights, model = weights_of(args), model_of(args)
         if not weights:
@@ -167,7 +170,7 @@ class WorkerService:
             raise ProtocolError(f"weights codec {weights} for model {model[:12] or 'none'}, which was not offered")
         try:
             with WeightsFile(path, self._checked, graphs) as file:
-                yield file.changed
+                yield file
         except WeightsDiffer as exc:
             self._differing.add(identity_of(path))
             self._on_differs(ModelId(model), exc.message)
@@ -183,14 +186,14 @@ class WorkerService:
         except OSError:
             return None
 
-    async def _join(self, stream: trio.abc.Stream, change: Change | None) -> None:
+    async def _join(self, stream: trio.abc.Stream, to_worker: Filter) -> None:
         if self._port is None or not self._lease.is_ready:
             raise PeerRefused(f"the worker is {self.state.phase}")
         with self._lease.used(self._limits.max_streams):
             try:
                 with trio.fail_after(self._limits.connect_s):
                     local = await trio.open_tcp_stream(LOOPBACK, self._port)
-                await join(stream, local, uncounted, uncounted, change)
+                await join(stream, local, uncounted, uncounted, to_right=to_worker, to_left=Answers())
             except (OSError, trio.TooSlowError):
                 raise PeerRefused("the worker does not accept connections") from None
 
@@ -250,8 +253,8 @@ class WorkerService:
         return None
 
 
-def _decoder(graphs: int) -> Change | None:
+def _decoder(graphs: int) -> Filter:
     """For a stream opened with this graph codec. Raises `ProtocolError` for one that was not offered."""
     if graphs not in (0, VERSION):
         raise ProtocolError(f"graph codec {graphs}; version {VERSION} was offered")
-    return GraphDecoder().feed if graphs else None
+    return GraphDecoder() if graphs else Filter()

@@ -19,6 +19,9 @@ from tightwad_agent.direct import TAKE_SIZE, Direct
 class TlsStream(Direct):
     """One side of a TLS connection. `do_handshake` comes before everything else."""
 
+    may_be_here = 17 << 10
+    """A TLS record."""
+
     def __init__(self, transport: trio.SocketStream, context: ssl.SSLContext, *, server_side: bool = False) -> None:
         super().__init__(transport)
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
