@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 Chunk = bytes | bytearray | memoryview
 Later = Callable[[], Chunk]
 """Bytes that have to be fetched, by a thread, when it is their turn. Raises `ProtocolError`."""
-
-
-class Back(NamedTuple):
-    """Bytes for the side that the others came from."""
-
-    data: bytes
-
-
-Item = Chunk | Later | Back
+Item = Chunk | Later
 
 
 class Filter:

@@ -17,7 +17,7 @@ import trio
 
 from tightwad_agent.direct import TAKE_SIZE, Direct, direct, run_in_thread
 from tightwad_agent.errors import ProtocolError
-from tightwad_agent.filters import Back, Chunk, Filter, Later
+from tightwad_agent.filters import Filter, Item
 from tightwad_agent.streams import READ_SIZE, STREAM_ERRORS, close_quietly
 
 Count = Callable[[int], None]
@@ -75,10 +75,8 @@ class _Way:
 
     def __init__(self, source: Direct, sink: Direct, n_bytes: Count, passes: Filter) -> None:
         self.source, self.sink = source, sink
-        self.back: list[bytes] = []
-        """For the source."""
         self._n_bytes, self._filter = n_bytes, passes
-        self._rest: deque[Chunk | Later] = deque()
+        self._rest: deque[Item] = deque()
         self._held: list[bytes] = []
         self._n_held = 0
         self.held_until = math.inf
@@ -89,7 +87,7 @@ class _Way:
     @property
     def is_full(self) -> bool:
         """The sink must take what it was given before more is taken from the source."""
-        return self.sink.unsent or bool(self._rest)
+        return self.sink.unsent  # and so it is while there is a rest
 
     @property
     def can_go_on(self) -> bool:
@@ -147,18 +145,15 @@ class _Way:
         return None if self.is_full else self.source
 
     def _pass_on(self, data: memoryview) -> None:
-        items = self._filter.feed(data)
-        chunks = [item for item in items if not isinstance(item, Back)]
-        if len(chunks) < len(items):
-            self.back = [item.data for item in items if isinstance(item, Back)]
+        chunks = self._filter.feed(data)
         if self._filter.more_follows and self._hold(chunks):
             return
         if self._held:
-            chunks[:0] = self._held
+            chunks = [*self._held, *chunks]
             self._held, self._n_held, self.held_until = [], 0, math.inf
         self._give(chunks)
 
-    def _hold(self, chunks: Sequence[Chunk | Later]) -> bool:
+    def _hold(self, chunks: Sequence[Item]) -> bool:
         """Whether they are kept for a moment: not if they are many, or have to be fetched."""
         ready = [chunk for chunk in chunks if not callable(chunk)]
         n_held = self._n_held + sum(map(len, ready))
@@ -180,17 +175,10 @@ class _Way:
         self._give(rest)
         return not self.is_full
 
-    def put(self, data: bytes) -> None:
-        """Gives the sink something that did not come from the source. Raises the stream's errors."""
-        if self.is_full:
-            self._rest.append(data)
-        else:
-            self._give((data,))
-
-    def _give(self, chunks: Sequence[Chunk | Later]) -> None:
-        """In as few writes as they need; what the sink does not take is kept."""
+    def _give(self, chunks: Sequence[Item]) -> None:
+        """As one write if they fit into one; what the sink does not take is kept."""
         ready = [chunk for chunk in chunks if not callable(chunk)]
-        if len(ready) == len(chunks) > 1:
+        if len(ready) == len(chunks) > 1 and sum(map(len, ready)) <= TAKE_SIZE:
             chunks = [b"".join(ready)]
         for number, chunk in enumerate(chunks):
             data = memoryview(chunk() if callable(chunk) else chunk)
@@ -199,7 +187,7 @@ class _Way:
                     self._keep([data[start + TAKE_SIZE :], *chunks[number + 1 :]])
                     return
 
-    def _keep(self, chunks: Sequence[Chunk | Later]) -> None:
+    def _keep(self, chunks: Sequence[Item]) -> None:
         """What was taken is overwritten by the next `take`."""
         self._rest.extend(chunk if callable(chunk) else bytes(chunk) for chunk in chunks if callable(chunk) or chunk)
 
@@ -238,8 +226,8 @@ class _Joint:
         poll, full, awaited = select.poll(), None, dict[int, list[_Way]]()
         going_on = [up, down]
         while not self._stopped:
-            for way, other in ((up, down), (down, up)):
-                if way in going_on and (ended := way.step() or self._answer(way, other)) is not None:
+            for way in going_on:
+                if (ended := way.step()) is not None:
                     return ended
             if (now := (up.is_full, down.is_full)) != full:
                 full, awaited = now, self._watch(poll, awaited)
@@ -254,16 +242,6 @@ class _Joint:
                 going_on = going_on or [way for way in self._ways if way.is_inside]
             if (ended := self._release()) is not None:
                 return ended
-        return None
-
-    def _answer(self, way: _Way, other: _Way) -> Direct | None:
-        """Sends back what the filter has for the source; the end that broke, if one did."""
-        back, way.back = way.back, []
-        try:
-            for data in back:
-                other.put(data)
-        except STREAM_ERRORS:
-            return other.sink
         return None
 
     def _patience_ms(self) -> float | None:
@@ -316,10 +294,7 @@ async def pump(
             return source
         try:
             for item in passes.feed(data):
-                if not isinstance(item, Back):
-                    await sink.send_all(await trio.to_thread.run_sync(item) if callable(item) else item)
-                elif isinstance(source, trio.abc.SendStream):
-                    await source.send_all(item.data)
+                await sink.send_all(await trio.to_thread.run_sync(item) if callable(item) else item)
         except STREAM_ERRORS:
             return sink
         n_bytes(len(data))

@@ -580,6 +580,23 @@ async def test_a_peer_that_does_not_read_costs_no_memory(wired: Wired) -> None:
     assert sent_bytes == len(data)
 
 
+async def test_part_of_what_is_expected_may_be_here_already(wired: Wired) -> None:
+    """A record of which the wire holds only the rest."""
+    ours, puppet = wired
+    puppet.write(bytes(16_000))
+    record = puppet.goes.read()
+    puppet.wire.sendall(record[:10_000])
+    with trio.fail_after(PATIENCE_S):
+        await trio.lowlevel.wait_readable(ours.transport_stream.socket)
+        assert ours.take() is None
+        ours.expect(16_000)
+        puppet.wire.sendall(record[10_000:])
+        await ours.readable()
+    data = ours.take()
+    assert data is not None
+    assert len(data) == 16_000
+
+
 # Joined to a plain socket, as tunnels are
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import trio
 
 from tightwad_agent.engine import weights_codec
-from tightwad_agent.engine.alloc_sizes import AllocSizes
 from tightwad_agent.engine.argv import LOOPBACK
 from tightwad_agent.engine.commands import GRAPHS, MODEL, RPC, WEIGHTS, plain_epoch
 from tightwad_agent.engine.graph_codec import VERSION, GraphEncoder
 from tightwad_agent.engine.weights_codec import Weights, WeightsEncoder
 from tightwad_agent.errors import TightwadError
-from tightwad_agent.filters import Chunk, Filter, Item
+from tightwad_agent.filters import Chunk, Filter
 from tightwad_agent.ids import Epoch, NodeId
 from tightwad_agent.streams import OpenStream, peer_errors
 from tightwad_agent.tunnel import Count, join
@@ -61,7 +60,6 @@ class Forwarder:
         self._lost = lost
         self._encodes = graphs == VERSION
         self._model = model
-        self._sizes = AllocSizes()
         self._counting = threading.Lock()
         """Each connection has a thread that counts."""
         self._file = file if file and file.places and weights == weights_codec.VERSION else None
@@ -81,14 +79,17 @@ class Forwarder:
         except TightwadError as exc:
             self._lost(self.node, f"no connection to its worker: {exc.message}")
             return
-        requests = _Requests(self._sizes if self._encodes else None, self._file, self._saved)
-        if await join(local, remote, self._up, self._down, to_right=requests, to_left=requests.answers):
+        if await join(local, remote, self._up, self._down, to_right=self._requests()):
             self._lost(self.node, "the connection to its worker ended")
 
     def _args(self) -> dict[str, Any]:
         graphs = {GRAPHS: VERSION} if self._encodes else {}
         weights = {WEIGHTS: weights_codec.VERSION, MODEL: self._model} if self._file else {}
         return {"epoch": plain_epoch(self._epoch)} | graphs | weights
+
+    def _requests(self) -> Filter:
+        graphs = GraphEncoder() if self._encodes else None
+        return _Requests(graphs, WeightsEncoder(self._file) if self._file else None, self._saved)
 
     def _saved(self, n_bytes: int) -> None:
         with self._counting:
@@ -106,12 +107,9 @@ class Forwarder:
 class _Requests(Filter):
     """Of one connection, from the engine to the worker: made small where the worker's end can make them whole again."""
 
-    def __init__(self, sizes: AllocSizes | None, file: Weights | None, saved: Count) -> None:
-        self._graphs = None if sizes is None else GraphEncoder(sizes)
-        self._weights = None if file is None else WeightsEncoder(file)
-        self._saved = saved
-        self._follows: Filter = self._graphs or Filter()
-        self.answers = Filter() if self._graphs is None else self._graphs.answers
+    def __init__(self, graphs: GraphEncoder | None, weights: WeightsEncoder | None, saved: Count) -> None:
+        self._graphs, self._weights, self._saved = graphs, weights, saved
+        self._follows = graphs or Filter()
         self.in_bursts = self._follows.in_bursts
 
     @property
@@ -129,14 +127,10 @@ class _Requests(Filter):
         """The worker waits for more."""
         return self._follows.more_follows
 
-    def feed(self, data: Chunk) -> Sequence[Item]:
+    def feed(self, data: Chunk) -> list[Chunk]:
         """What the worker's end is sent."""
-        items = self._follows.feed(data)
-        if self._weights is not None:
-            items = [made for item in items for made in self._lightened(item, self._weights)]
-        self._saved(len(data) - sum(len(item) for item in items if isinstance(item, Chunk)))
-        return items
-
-    @staticmethod
-    def _lightened(item: Item, weights: WeightsEncoder) -> Sequence[Item]:
-        return weights.feed(item) if isinstance(item, Chunk) else (item,)
+        made: list[Chunk] = self._graphs.feed(data) if self._graphs else [data]
+        if self._weights:
+            made = [chunk for part in made for chunk in self._weights.feed(part)]
+        self._saved(len(data) - sum(map(len, made)))
+        return made

@@ -20,10 +20,9 @@ import struct
 from abc import ABC, abstractmethod
 from functools import cached_property
 
-from tightwad_agent.engine.alloc_sizes import GET_ALLOC_SIZE, REQUEST_BYTES, AllocSizes, Asked
 from tightwad_agent.engine.graph_delta import Columns, applied, columns, difference
 from tightwad_agent.errors import ProtocolError
-from tightwad_agent.filters import Back, Chunk, Filter, Item
+from tightwad_agent.filters import Chunk, Filter
 
 VERSION = 1
 """Of the messages above; a worker that says another one, or none, is spoken to plainly."""
@@ -107,14 +106,14 @@ class _Messages(Filter, ABC):
         self._due = 0  # bytes until it, or its header, is whole; 0: none is taken out
         self._last = -1  # the command of the last message
 
-    def feed(self, data: Chunk) -> list[Item]:
+    def feed(self, data: Chunk) -> list[Chunk]:
         """What to pass on for it, in order; parts of `data` are not copied."""
         if self._is_plain:
             return [data]
         if len(data) <= self._left:
             self._left -= len(data)
             return [data]
-        view, at, out = memoryview(data), 0, list[Item]()
+        view, at, out = memoryview(data), 0, list[Chunk]()
         while at < len(view) and not self._is_plain:
             if not (self._left or self._head or self._due) and self._is_special(view[at]):
                 self._meet(view[at], out)
@@ -126,7 +125,7 @@ class _Messages(Filter, ABC):
             out.append(view[at:])
         return out
 
-    def _pass(self, view: memoryview, start: int, out: list[Item]) -> int:
+    def _pass(self, view: memoryview, start: int, out: list[Chunk]) -> int:
         """Over all messages up to a special one; where that begins, or the data ends."""
         at, n = start, len(view)
         while at < n:
@@ -149,7 +148,7 @@ class _Messages(Filter, ABC):
             self._head = b""
         return min(end, len(view))
 
-    def _hold(self, view: memoryview, at: int, out: list[Item]) -> int:
+    def _hold(self, view: memoryview, at: int, out: list[Chunk]) -> int:
         end = at + self._due
         part = view[at:end]
         self._held += part
@@ -158,7 +157,7 @@ class _Messages(Filter, ABC):
             self._held_whole(out)
         return min(end, len(view))
 
-    def _held_whole(self, out: list[Item]) -> None:
+    def _held_whole(self, out: list[Chunk]) -> None:
         """Its header is there, or all of it."""
         command, size = _HEADER.unpack_from(self._held)
         self._last = command
@@ -180,7 +179,7 @@ class _Messages(Filter, ABC):
         """Whether a message that begins so may be more than one that passes."""
 
     @abstractmethod
-    def _meet(self, command: int, out: list[Item]) -> None:
+    def _meet(self, command: int, out: list[Chunk]) -> None:
         """A special message begins: may have it held."""
 
     @abstractmethod
@@ -188,7 +187,7 @@ class _Messages(Filter, ABC):
         """Whether it is held further, now that its size is known; else it passes."""
 
     @abstractmethod
-    def _take(self, command: int, payload: bytes, out: list[Item]) -> None:
+    def _take(self, command: int, payload: bytes, out: list[Chunk]) -> None:
         """It is whole."""
 
     def _hold_header(self) -> None:
@@ -206,16 +205,13 @@ class _Messages(Filter, ABC):
 
 
 class GraphEncoder(_Messages):
-    """At the coordinator. Takes anything: what is no RPC passes. Questions whose answers are in `sizes` are answered;
-    what the worker sends back goes through `answers`."""
+    """At the coordinator. Takes anything: what is no RPC passes."""
 
     in_bursts = True
 
-    def __init__(self, sizes: AllocSizes | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._has_begun = False
-        self._asked = Asked(sizes if sizes is not None else AllocSizes())
-        self.answers: Filter = _Heard(self._asked)
 
     @property
     def more_follows(self) -> bool:
@@ -223,9 +219,9 @@ class GraphEncoder(_Messages):
         return not self._is_plain and (self.is_inside or self._last == SET_TENSOR)
 
     def _is_special(self, command: int) -> bool:
-        return command in (GRAPH_COMPUTE, GET_ALLOC_SIZE) or command >= FIRST_OWN or not self._has_begun
+        return command == GRAPH_COMPUTE or command >= FIRST_OWN or not self._has_begun
 
-    def _meet(self, command: int, out: list[Item]) -> None:
+    def _meet(self, command: int, out: list[Chunk]) -> None:
         if command >= FIRST_OWN or not (self._has_begun or command == HELLO):
             out.append(_message(PLAIN))
             self._is_plain = True
@@ -233,17 +229,10 @@ class GraphEncoder(_Messages):
             self._hold_header()
         self._has_begun = True
 
-    def _is_taken(self, command: int, size: int) -> bool:
-        return size == REQUEST_BYTES if command == GET_ALLOC_SIZE else MIN_GRAPH <= size <= MAX_GRAPH
+    def _is_taken(self, command: int, size: int) -> bool:  # noqa: ARG002 - only one is held
+        return MIN_GRAPH <= size <= MAX_GRAPH
 
-    def _take(self, command: int, payload: bytes, out: list[Item]) -> None:
-        if command == GET_ALLOC_SIZE:
-            known = self._asked.known(payload)
-            out.append(_message(command, payload) if known is None else Back(known))
-        else:
-            self._take_graph(command, payload, out)
-
-    def _take_graph(self, command: int, payload: bytes, out: list[Item]) -> None:
+    def _take(self, command: int, payload: bytes, out: list[Chunk]) -> None:
         which = self._remembered.same(payload)
         if which is not None:
             self._remembered.reused(which)
@@ -259,25 +248,13 @@ class GraphEncoder(_Messages):
         out.append(_message(DELTA, _DELTA.pack(which, len(payload)) + packed))
 
 
-class _Heard(Filter):
-    """What comes back from the worker."""
-
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
-
-    def feed(self, data: Chunk) -> tuple[Chunk]:
-        """Itself."""
-        self._asked.heard(data)
-        return (data,)
-
-
 class GraphDecoder(_Messages):
     """At the worker. `feed` raises `ProtocolError` for what no encoder sends; the stream is of no use then."""
 
     def _is_special(self, command: int) -> bool:
         return command >= FIRST_OWN
 
-    def _meet(self, command: int, out: list[Item]) -> None:  # noqa: ARG002 - nothing passes here
+    def _meet(self, command: int, out: list[Chunk]) -> None:  # noqa: ARG002 - nothing passes here
         if command > DELTA:
             raise ProtocolError(f"RPC command {command}", hint="the coordinator runs a newer tightwad-agent")
         self._hold_header()
@@ -288,7 +265,7 @@ class GraphDecoder(_Messages):
             raise ProtocolError(f"an RPC message {command:#x} of {size} bytes; {least} to {most} are taken")
         return True
 
-    def _take(self, command: int, payload: bytes, out: list[Item]) -> None:
+    def _take(self, command: int, payload: bytes, out: list[Chunk]) -> None:
         if command == PLAIN:
             self._is_plain = True
         elif command == SAME:
