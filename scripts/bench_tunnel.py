@@ -54,8 +54,10 @@ START_S = 30.0
 ANSWER_S = 120.0
 DIRECT, PLAIN, OURS, OURS_GRAPHS = "direct", "pair of SSLStream pumps", "ours", "ours, graphs recognised"
 GET_TENSOR, FREE_BUFFER = 8, 9
-"""What the echo server answers: with 2 KiB, and with a byte."""
+"""What the echo server answers: with 2 KiB in all, and with nothing but its size."""
 ASK = message(GET_TENSOR, bytes(312))
+SIZE = struct.Struct("<Q")
+ANSWER = SIZE.pack(N_DOWN - SIZE.size).ljust(N_DOWN, b"\0")
 TOKEN = message(SET_TENSOR, bytes(N_UP - len(ASK) - 9)) + ASK
 N_PER_GRAPH = 10
 """A round with a graph takes about as long as so many without."""
@@ -243,7 +245,7 @@ def echo() -> None:
 def _answer(wire: socket.socket) -> None:
     with wire:
         wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        buffer, answers = memoryview(bytearray(CHUNK)), {GET_TENSOR: bytes(N_DOWN), FREE_BUFFER: b"k"}
+        buffer, answers = memoryview(bytearray(CHUNK)), {GET_TENSOR: ANSWER, FREE_BUFFER: SIZE.pack(0)}
         while len(header := wire.recv(HEADER.size, socket.MSG_WAITALL)) == HEADER.size:
             command, size = HEADER.unpack(header)
             if not _swallowed(wire, buffer, size):

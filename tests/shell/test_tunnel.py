@@ -229,3 +229,10 @@ async def test_a_tunnel_that_is_cancelled_while_its_ends_are_full_is_over_at_onc
             with contextlib.suppress(trio.BrokenResourceError):
                 while await (worker if full == "up" else engine).receive_some():
                     pass
+
+
+async def test_a_byte_of_an_answer_arrives() -> None:
+    async with joined(to_left=Answers()) as tunnel:
+        for _ in range(3):
+            await tunnel.worker.send_all(b"k")
+            assert await read_exactly(tunnel.engine, 1) == b"k"

@@ -1,4 +1,4 @@
-"""What a worker answers: `u64 little-endian size | payload`, which the engine writes in two parts."""
+"""What a worker answers: `u64 little-endian size | payload`, which it writes in two parts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Answers(Filter):
 
     @property
     def missing(self) -> int:
-        """Of the answer that has begun."""
-        return self._left or _SIZE - len(self._head)
+        """Of the answer that has begun; a size is written at once."""
+        return self._left or (_SIZE - len(self._head) if self._head else 1)
 
     @property
     def is_inside(self) -> bool:
