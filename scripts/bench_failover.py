@@ -8,7 +8,7 @@ Four agents in network namespaces on a bridge, real mDNS, real llama.cpp, the de
     stopped       SIGSTOP for ten seconds, and SIGCONT                verifier        likewise
     partition     two and two, healed                                 drafter         likewise
     joined        a new machine with nothing but a token              kills           any of them at any moment; equal?
-    revoked       a machine removed by another                        loaded, flooded (minutes each, one run)
+    revoked       a machine removed by another                        loaded, flooded, flooded-turn (minutes, one run)
 
 `--json OUT` is written after each case, so that an interrupted run keeps what it has. Ctrl-C leaves nothing behind.
 Exit code 1 where a bound was missed.
@@ -38,7 +38,7 @@ from lab import LabError
 from surroundings import Stolen, environment
 
 CASES: dict[str, Case] = {**failover_cases.CASES, **failover_streams.CASES}
-LONG = ("loaded", "flooded")
+LONG = ("loaded", "flooded", "flooded-turn")
 """Cases whose one run takes minutes; `--quick` leaves them out."""
 BROKEN = (LabError, OSError, ValueError, KeyError, StopIteration, subprocess.SubprocessError, psutil.Error)
 """What a run may end with that counts as a run that failed."""

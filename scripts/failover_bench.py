@@ -48,7 +48,7 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`goals`: what one run of it measures, by key. `once`: a run takes minutes, so that one is enough."""
+    """`goals`: what one run of it measures, by key. `runs`: how many of it make a measurement."""
 
     run: Callable[[Bench], Figures]
     goals: Mapping[str, Goal]

@@ -242,34 +242,44 @@ def loaded(bench: Bench) -> Figures:
 def flooded(bench: Bench) -> Figures:
     """Garbage at every open port, slow connections, oversized frames and heads, all at once, from one machine that
     runs a process for each of those it sends to."""
-    cluster = bench.serving()
+    return _flood(bench, "flooded", [bench.serving().agents])
+
+
+def flooded_in_turn(bench: Bench) -> Figures:
+    """The same at all ports of one machine after the other, where all at once are more than the cores can send."""
+    return _flood(bench, "flooded-turn", [[agent] for agent in bench.serving().agents])
+
+
+def _flood(bench: Bench, name: str, turns: Sequence[Sequence[Agent]]) -> Figures:
+    cluster = bench.cluster
     before, most, began = cluster.rss(), cluster.rss(), time.monotonic()
-    assert cluster.lab.net is not None
-    floods = [
-        cluster.lab.net.popen(len(cluster.agents), _flood_of(bench, agent), stdout=subprocess.PIPE)
-        for agent in cluster.agents
-    ]
-    while any(flood.poll() is None for flood in floods) and time.monotonic() < began + bench.options.flood_s + LIMIT_S:
-        for name, rss in cluster.rss().items():
-            most[name] = max(most[name], rss)
-        time.sleep(0.2)
-    told = [json.loads(_output(flood)) for flood in floods]
+    told = []
+    for agents in turns:
+        floods = [_flood_at(bench, agent) for agent in agents]
+        ends = time.monotonic() + bench.options.flood_s + LIMIT_S
+        while any(flood.poll() is None for flood in floods) and time.monotonic() < ends:
+            for at, rss in cluster.rss().items():
+                most[at] = max(most[at], rss)
+            time.sleep(0.2)
+        told += [json.loads(_output(flood)) for flood in floods]
     notes = cluster.trace(began)
     bench.facts |= {"floods": told, "rss_mb": {n: round(r / MB, 1) for n, r in most.items()}}
     cluster.settle(workers=N_WORKERS)
     return {
-        "flooded": deaths(notes),
-        "flooded-late": latest_heartbeat_s(notes),
-        "flooded-memory": max(most[name] - before[name] for name in before) / MB,
-        "flooded-rate": statistics.mean(one["rate"] for one in told),
+        name: deaths(notes),
+        f"{name}-late": latest_heartbeat_s(notes),
+        f"{name}-memory": max(most[at] - before[at] for at in before) / MB,
+        f"{name}-rate": statistics.mean(one["rate"] for one in told),
     }
 
 
-def _flood_of(bench: Bench, agent: Agent) -> list[str]:
-    host, options = bench.cluster.address(agent), bench.options
+def _flood_at(bench: Bench, agent: Agent) -> subprocess.Popen[bytes]:
+    net, host, options = bench.cluster.lab.net, bench.cluster.address(agent), bench.options
+    assert net is not None
     ports = [(host, agent.mesh_port, True), (host, agent.endpoint_port, False)]
     plan = Plan(ports=ports, rate=options.flood_rate, seconds=options.flood_s, seed=bench.rng.getrandbits(32))
-    return [sys.executable, str(Path(__file__).with_name("failover_flood.py")), plan.text()]
+    argv = [sys.executable, str(Path(__file__).with_name("failover_flood.py")), plan.text()]
+    return net.popen(len(bench.cluster.agents), argv, stdout=subprocess.PIPE)
 
 
 def _output(flood: subprocess.Popen[bytes]) -> bytes:
@@ -279,6 +289,15 @@ def _output(flood: subprocess.Popen[bytes]) -> bytes:
         flood.communicate()
         raise LabError("the flood did not end in time")
     return bytes(flood.communicate()[0])
+
+
+def _flood_goals(name: str, what: str) -> dict[str, Goal]:
+    return {
+        name: Goal(f"{what}: nodes declared dead", p99=NONE, unit=""),
+        f"{name}-late": Goal("the same: longest silence of a neighbour beyond 1 s", p99=HEARTBEAT_LATE_S),
+        f"{name}-memory": Goal("the same: growth of an agent's memory", p99=MOST_GROWTH_MB, unit="MB"),
+        f"{name}-rate": Goal("the same: connections a second that reached each port", unit=""),
+    }
 
 
 CASES: dict[str, Case] = {
@@ -310,14 +329,8 @@ CASES: dict[str, Case] = {
         },
         runs=lambda _: 1,
     ),
-    "flooded": Case(
-        flooded,
-        {
-            "flooded": Goal("flood of garbage at every port: nodes declared dead", p99=NONE, unit=""),
-            "flooded-late": Goal("the same: longest silence of a neighbour beyond 1 s", p99=HEARTBEAT_LATE_S),
-            "flooded-memory": Goal("the same: growth of an agent's memory", p99=MOST_GROWTH_MB, unit="MB"),
-            "flooded-rate": Goal("the same: connections a second that reached each port", unit=""),
-        },
-        runs=lambda _: 1,
+    "flooded": Case(flooded, _flood_goals("flooded", "flood at all ports at once"), runs=lambda _: 1),
+    "flooded-turn": Case(
+        flooded_in_turn, _flood_goals("flooded-turn", "flood at the ports of one machine after the other"), lambda _: 1
     ),
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import select
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 import trio
@@ -76,8 +75,8 @@ class _Way:
     def __init__(self, source: Direct, sink: Direct, n_bytes: Count, passes: Filter) -> None:
         self.source, self.sink = source, sink
         self._n_bytes, self._filter = n_bytes, passes
-        self._rest: deque[Item] = deque()
-        self._held: list[bytes] = []
+        self._rest: list[Item] = []
+        self._held: list[Item] = []
         self._n_held = 0
         self.held_until = math.inf
         self.pauses = False
@@ -126,9 +125,8 @@ class _Way:
 
     def release(self) -> Direct | None:
         """What was held is held no longer; the sink, if it broke."""
-        held, self._held, self._n_held, self.held_until = self._held, [], 0, math.inf
         try:
-            self._give(held)
+            self._give(self._no_longer_held())
         except STREAM_ERRORS:
             return self.sink
         return None
@@ -148,10 +146,7 @@ class _Way:
         chunks = self._filter.feed(data)
         if self._filter.more_follows and self._hold(chunks):
             return
-        if self._held:
-            chunks = [*self._held, *chunks]
-            self._held, self._n_held, self.held_until = [], 0, math.inf
-        self._give(chunks)
+        self._give([*self._no_longer_held(), *chunks] if self._held else chunks)
 
     def _hold(self, chunks: Sequence[Item]) -> bool:
         """Whether they are kept for a moment: not if they are many, or have to be fetched."""
@@ -167,11 +162,15 @@ class _Way:
         self._n_held = n_held
         return True
 
+    def _no_longer_held(self) -> list[Item]:
+        held, self._held, self._n_held, self.held_until = self._held, [], 0, math.inf
+        return held
+
     def _give_rest(self) -> bool:
         """Whether all of it is on its way."""
         if not self.sink.push():
             return False
-        rest, self._rest = list(self._rest), deque()
+        rest, self._rest = self._rest, []
         self._give(rest)
         return not self.is_full
 
@@ -203,7 +202,7 @@ class _Joint:
         self._stopped = False
 
     async def run(self) -> Direct | None:
-        """Which end ended or broke first. Raises the change's `ProtocolError`."""
+        """Which end ended or broke first. Raises the filters' `ProtocolError`."""
         Direct.use_own_buffers(*self._ends)
         await run_in_thread(self._work, self._stop)
         if self._error is not None:

@@ -16,7 +16,7 @@ from graph_kit import GRAPH_COMPUTE, GREETING, SET_TENSOR, graph, message
 from mesh_lab import read_exactly, read_to_end
 
 from tightwad_agent.direct import TAKE_SIZE, SocketEnd
-from tightwad_agent.engine.graph_codec import GraphEncoder
+from tightwad_agent.engine.graph_codec import DELTA, GraphEncoder
 from tightwad_agent.engine.rpc_answers import Answers
 from tightwad_agent.errors import ProtocolError
 from tightwad_agent.filters import Changing, Filter
@@ -211,9 +211,13 @@ async def test_an_error_while_fetching_is_raised() -> None:
 async def test_a_graph_goes_on_when_it_is_whole() -> None:
     async with joined(GraphEncoder()) as tunnel:
         await tunnel.engine.send_all(GREETING)
+        assert await read_exactly(tunnel.worker, len(GREETING)) == GREETING
+        tunnel.far.n_gives = 0
         await tunnel.send_parts(message(GRAPH_COMPUTE, graph(1)))
-        first = await tunnel.worker.receive_some(1 << 20)
-        assert first.startswith(GREETING)
+        header = await read_exactly(tunnel.worker, 9)
+        await read_exactly(tunnel.worker, int.from_bytes(header[1:], "little"))
+        assert header[0] == DELTA
+        assert tunnel.far.n_gives == 1
 
 
 @pytest.mark.parametrize("full", ["up", "down"])
