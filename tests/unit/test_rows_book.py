@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 from hypothesis import given
@@ -159,6 +160,32 @@ def test_a_node_that_comes_back_after_a_day_is_taken_in_again() -> None:
     assert b.merge([row("cellar")], now=KEEP_AWAY_S + 3) == [row("cellar")], (
         "was only out of reach, and is linked again"
     )
+
+
+def test_the_digest_is_of_what_is_known_now() -> None:
+    a, b = book("attic"), book("cellar")
+    changes: list[Callable[[RowBook], object]] = [
+        lambda x: x.merge([row("desk")], now=0.0),
+        lambda x: x.merge([row("desk", 2)], now=0.0),
+        lambda x: x.expire(frozenset({a.own.node, b.own.node}), now=2 * KEEP_AWAY_S),
+        lambda x: x.merge([row("shelf")], now=3 * KEEP_AWAY_S),
+        lambda x: x.forget(node_id("shelf")),
+    ]
+    a.merge([b.own], now=0.0)
+    b.merge([a.own], now=0.0)
+    for change in changes:
+        before = a.digest()
+        assert before == b.digest()
+        change(a)
+        assert a.digest() != before
+        change(b)
+    before = a.digest()
+    a.edit(lambda own: replace(own, note="edited"))
+    edited = a.digest()
+    a.reborn(5)
+    assert len({before, edited, a.digest()}) == 3
+    b.merge([a.own], now=0.0)
+    assert b.digest() == a.digest()
 
 
 def test_what_was_forgotten_for_age_is_bounded_too() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from tightwad_agent.ids import NodeId
 from tightwad_agent.mesh.rows import RowBook
@@ -30,23 +29,10 @@ class RowExchange:
         self._broadcast = broadcast
         self._refuses = refuses
         self._taken = taken
-        self._digest: bytes | None = None
         self._synced: dict[NodeId, float] = {}
-
-    def digest(self) -> bytes:
-        """8 bytes, the same for nodes that know the same rows."""
-        if self._digest is None:
-            text = repr(sorted(self._book.stamps().items()))
-            self._digest = hashlib.sha256(text.encode()).digest()[:8]
-        return self._digest
-
-    def changed(self) -> None:
-        """The book is no longer what it was."""
-        self._digest = None
 
     def tell_own(self) -> None:
         """The own row has changed."""
-        self.changed()
         self._broadcast(control.Rows((self._book.own,)))
 
     def post_stamps(self, session: Session) -> None:
@@ -54,9 +40,14 @@ class RowExchange:
 
     def on_beat(self, session: Session, theirs: bytes, now: float) -> None:
         node = session.peer.node
-        if theirs != self.digest() and now - self._synced.get(node, -SYNC_PAUSE_S) >= SYNC_PAUSE_S:
+        if theirs != self._book.digest() and node not in self._lately(now):
             self._synced[node] = now
             self.post_stamps(session)
+
+    def _lately(self, now: float) -> Collection[NodeId]:
+        """To whom our stamps went a moment ago."""
+        self._synced = {node: at for node, at in self._synced.items() if now - at < SYNC_PAUSE_S}
+        return self._synced
 
     def on_stamps(self, session: Session, stamps: dict[str, tuple[int, int]]) -> None:
         newer = self._book.newer_than(stamps)
@@ -66,5 +57,4 @@ class RowExchange:
     def on_rows(self, rows: Sequence[NodeRow], now: float) -> None:
         taken = self._book.merge((r for r in rows if not self._refuses(r.node)), now)
         if taken:
-            self.changed()
             self._taken(taken, now)

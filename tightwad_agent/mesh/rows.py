@@ -6,6 +6,7 @@ that people see what is missing, and forgotten after a day.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -27,6 +28,7 @@ class RowBook:
         self._heard: dict[NodeId, float] = {}
         self._expired: dict[NodeId, tuple[int, int]] = {}
         """Stamps of rows that were forgotten for age, so that a peer that still has one does not bring it back."""
+        self._digest = b""
 
     @property
     def own(self) -> NodeRow:
@@ -38,12 +40,12 @@ class RowBook:
         new = change(old)
         if new == old:
             return False
-        self._rows[self._me] = replace(new, version=old.version + 1)
+        self._put(replace(new, version=old.version + 1))
         return True
 
     def reborn(self, incarnation: int) -> None:
         """The own incarnation was raised: the row starts again from version 0 of it."""
-        self._rows[self._me] = replace(self.own, incarnation=incarnation, version=0)
+        self._put(replace(self.own, incarnation=incarnation, version=0))
 
     def merge(self, rows: Iterable[NodeRow], now: float) -> list[NodeRow]:
         """Takes what is newer and returns it; rows about oneself are ignored."""
@@ -58,7 +60,7 @@ class RowBook:
                 continue
             if known is None or row.stamp > known.stamp:
                 self._expired.pop(row.node, None)
-                self._rows[row.node] = row
+                self._put(row)
                 self._heard[row.node] = now
                 taken.append(row)
         return taken
@@ -73,6 +75,17 @@ class RowBook:
         """What is known, in short, for comparing with a peer."""
         return {str(node): row.stamp for node, row in self._rows.items()}
 
+    def digest(self) -> bytes:
+        """8 bytes, the same for nodes that know the same rows."""
+        if not self._digest:
+            text = repr(sorted(self.stamps().items()))
+            self._digest = hashlib.sha256(text.encode()).digest()[:8]
+        return self._digest
+
+    def _put(self, row: NodeRow) -> None:
+        self._rows[row.node] = row
+        self._digest = b""
+
     def newer_than(self, stamps: dict[str, tuple[int, int]]) -> tuple[NodeRow, ...]:
         """Rows that a peer with these stamps lacks or has older."""
         return tuple(row for node, row in self._rows.items() if row.stamp > stamps.get(node, _NEVER))
@@ -81,6 +94,7 @@ class RowBook:
         if node != self._me:
             self._rows.pop(node, None)
             self._heard.pop(node, None)
+            self._digest = b""
 
     def expire(self, alive: frozenset[NodeId], now: float) -> None:
         """Forgets nodes that have been away for a day."""

@@ -509,7 +509,6 @@ class MeshService:
         self._unresolved.discard(node)
         self._book.forget(node)
         self._memory.note(peers=tuple(p for p in self._memory.state.peers if p.node != node))
-        self._rows.changed()
         self._refresh_view()
         self.changed.beat()
 
@@ -530,7 +529,7 @@ class MeshService:
 
     def beat(self, effect: members.SendHeartbeat) -> control.Beat:
         sent_us = int(trio.current_time() * 1e6)
-        stamp, rows = self._machines.stamp, self._rows.digest()
+        stamp, rows = self._machines.stamp, self._book.digest()
         return control.Beat(effect.incarnation, effect.digest, effect.heard_ago_s, stamp, rows, sent_us)
 
     def state_changed(self, effect: members.StateChanged) -> None:

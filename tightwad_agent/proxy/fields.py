@@ -124,9 +124,8 @@ class Fields:
             if asks_nothing is None:
                 raise unsupported(self._where + name, "is not known to the verifier, the engine that serves now")
             if not asks_nothing(value):
-                raise unsupported(
-                    self._where + name, f"cannot be {shown(value)} with the verifier, the engine that serves now"
-                )
+                what = "is not possible" if isinstance(value, list | dict) else f"cannot be {shown(value)}"
+                raise unsupported(self._where + name, f"{what} with the verifier, the engine that serves now")
 
 
 def unsupported(name: str, what: str) -> Unsupported:
