@@ -25,6 +25,7 @@ from tightwad_agent.engine.argv import ServerOptions, server_argv, verifier_load
 from tightwad_agent.engine.draft_link import DraftLink
 from tightwad_agent.engine.process import Child, Engine, Spawner, free_port, listens
 from tightwad_agent.engine.verifying import VerifierClient
+from tightwad_agent.errors import PeerError
 from tightwad_agent.streams import Framed
 from tightwad_agent.wire.draft import FROM_DRAFTER, DrafterInfo, Hello
 
@@ -284,10 +285,14 @@ class Rig:
     async def link_to(
         self, port: int, describe: Callable[[int], DrafterInfo], n_vocab: int, host: str = "127.0.0.1"
     ) -> tuple[DraftLink, trio.CancelScope]:
-        """A fresh stream to a drafter, as the coordinator holds it, and what ends it. Raises a `PeerError`."""
+        """A fresh stream to a drafter, as the coordinator holds it, and what ends it. Raises `RigError`."""
         stream = await trio.open_tcp_stream(host, port)
         framed = Framed(stream, FROM_DRAFTER)
-        hello = await framed.expect(Hello, deadline_s=START_S)
+        try:
+            hello = await framed.expect(Hello, deadline_s=START_S)
+        except PeerError as exc:
+            relay = await self.relay.stats()
+            raise RigError(f"the drafter behind port {port} said no hello: {exc.message}; the relay: {relay}") from None
         link, scope = DraftLink(framed.detach(), hello, n_vocab, describe), trio.CancelScope()
 
         async def run() -> None:
