@@ -327,7 +327,9 @@ class Relay:
             fd = end.fileno()
             if fd < 0:
                 continue
-            if self._pairs[fd][0].watched:
+            out = self._pairs[fd][0]
+            out.queue.clear()
+            if out.watched:
                 self._poll.unregister(fd)
             del self._ready[fd], self._pairs[fd]
             if abort:

@@ -301,6 +301,25 @@ def test_a_broken_connection_breaks_on_the_other_side(running: Running) -> None:
     until(lambda: running.relay.stats()["connections"] == 0)
 
 
+def test_chunks_on_their_way_to_one_who_left_stop_nobody_else(running: Running, echo: Echo) -> None:
+    """The first is answered with a reset, the second finds the connection broken."""
+    running.relay.set(rtt_ms=100, mbit=0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near, elsewhere = connect(running.relay.link(listener.getsockname()[1])), running.relay.link(echo.port)
+        running.start()
+        far, _ = listener.accept()
+        with far:
+            for _ in range(5):
+                far.sendall(b"too late")
+                time.sleep(0.005)
+            near.close()
+            time.sleep(0.1)
+            with connect(elsewhere) as other:
+                other.sendall(b"still there")
+                assert read(other, 11) == b"STILL THERE"
+    until(lambda: running.relay.stats()["connections"] == 0)
+
+
 def test_nobody_behind_the_link(running: Running) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
