@@ -24,12 +24,14 @@ ROWS_EVERY_S = 0.02
 
 @dataclass
 class FileHost:
-    """A web server on loopback with one file. `sent` counts bytes of bodies; `asked` has (first, last) of each request.
+    """A web server on loopback with one file at any path, and others at those of `more`. `sent` counts bytes of bodies;
+    `asked` has (first, last) of each request.
 
     `before_chunk` is awaited before each 64 KiB with what was sent of this body: it can slow down, stop or fail.
     """
 
     data: bytes
+    more: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True
     tag: str = '"one"'
     before_chunk: Callable[[int], Awaitable[None]] | None = None
@@ -54,11 +56,12 @@ class FileHost:
                     data += more
                 first, *lines = data.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
                 headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-                self.paths.append(first.split()[1])
-                await self._answer(stream, headers)
+                path = first.split()[1]
+                self.paths.append(path)
+                await self._answer(stream, self.more.get(path, self.data), headers)
 
-    async def _answer(self, stream: trio.SocketStream, headers: dict[str, str]) -> None:
-        wanted, size = headers.get("range", ""), len(self.data)
+    async def _answer(self, stream: trio.SocketStream, data: bytes, headers: dict[str, str]) -> None:
+        wanted, size = headers.get("range", ""), len(data)
         start, end, status, more = 0, size, "200 OK", ""
         if self.ranges and wanted and headers.get("if-range", self.tag) == self.tag:
             low, _, high = wanted.removeprefix("bytes=").partition("-")
@@ -72,7 +75,7 @@ class FileHost:
         for at in range(start, end, CHUNK_BYTES):
             if self.before_chunk is not None:
                 await self.before_chunk(at - start)
-            chunk = self.data[at : min(at + CHUNK_BYTES, end)]
+            chunk = data[at : min(at + CHUNK_BYTES, end)]
             self.sent += len(chunk)
             await stream.send_all(chunk)
 

@@ -285,6 +285,29 @@ async def test_nodes_without_a_seed_share_what_each_takes_from_the_web(tmp_path:
         assert host.sent <= 1.5 * len(BIG), "three nodes, but the file not three times"
 
 
+async def test_of_a_model_in_several_files_what_is_missing_comes_from_the_web_too(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    files = dict(zip((f"m-{i:05d}-of-00003.gguf" for i in (1, 2, 3)), kit.shards(), strict=True))
+    host = await FileHost(b"", {f"/{name}": data for name, data in files.items()}).start(nursery)
+    async with together(tmp_path, ["seed", "leech"]) as cluster:
+        seed, leech = cluster.nodes
+        with trio.fail_after(PATIENCE_S):
+            model = await seed.add(f"{host.url}/m-00002-of-00003.gguf")
+        stored = seed.service.store.manifest(model.model)
+        assert stored is not None
+        assert stored.origin == f"{host.url}/m-00001-of-00003.gguf"
+        leech.service.store.keep_manifest(stored)
+        await cluster.kill(seed)
+        host.sent = 0
+        leech.service.want(model.model)
+        with trio.fail_after(PATIENCE_S):
+            while (path := leech.service.path_of(model.model)) is None:
+                await trio.sleep(0.01)
+        assert {name: path.with_name(name).read_bytes() for name in files} == files
+        assert host.sent == model.size
+
+
 async def test_only_so_many_sources_at_once(tmp_path: Path, nursery: trio.Nursery) -> None:
     async def never(_at: int) -> None:
         await trio.sleep_forever()

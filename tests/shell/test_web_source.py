@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,38 @@ async def test_exactly_the_bytes_that_were_asked(host: FileHost) -> None:
             with pytest.raises(OriginError, match="no part of"):
                 await source.read(at, n)
         assert not source.given_up
+
+
+async def test_of_several_files_each_is_asked_at_its_own_address_and_given_up_by_itself(
+    host: FileHost, tmp_path: Path
+) -> None:
+    files = kit.shards()
+    store = Store(tmp_path)
+    store.open()
+    landed = [tmp_path / f"landed-{i}" for i in (1, 2, 3)]
+    for path, data in zip(landed, files, strict=True):
+        path.write_bytes(data)
+    made = store.manifest(store.adopt_all(landed, "m.gguf").root)
+    assert made is not None
+    several = replace(made, origin=f"{host.url}/x/m-00001-of-00003.gguf")
+    host.more = {f"/x/m-{i:05d}-of-00003.gguf": data for i, data in enumerate(files, 1)}
+    host.more["/x/m-00002-of-00003.gguf"] = files[1][:-1]
+    async with web_source.opened(several, {}, patience=HASTY) as source:
+        for index, piece in enumerate(several.pieces):
+            file, at = several.place(index)
+            if file == 1:
+                with pytest.raises(OriginError, match="bytes by now"):
+                    await source.read(piece.offset, piece.length)
+            else:
+                assert await source.read(piece.offset, piece.length) == files[file][at : at + piece.length]
+        assert "bytes by now" in source.given_up
+        with pytest.raises(OriginError, match="no part of"):
+            await source.read(len(files[0]) - 1, 2)
+    host.more["/x/m-00003-of-00003.gguf"] = bytes(len(files[2]))
+    async with web_source.opened(several, {}, patience=HASTY) as source:
+        last = several.pieces[-1]
+        with pytest.raises(OriginError, match="other bytes than were added"):
+            await source.read(last.offset, last.length)
 
 
 async def test_a_server_without_ranges_is_given_up_without_reading_its_body(nursery: trio.Nursery) -> None:

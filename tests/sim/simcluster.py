@@ -321,10 +321,11 @@ class Cluster:
         local = node.members.next_deadline()
         other = node.election.next_deadline()
         due = min(math.inf if local is None else local, math.inf if other is None else other) - node.offset
+        # rounding must not make a tick come before its time: the machines would ask for it again and again
+        due = max(due, self.now) + 1e-6
         if due < node.wake:
-            # rounding must not make a tick come before its time: the machines would ask for it again and again
-            node.wake = max(due, self.now) + 1e-6
-            self.at(node.wake, self.tick, node.i, node.wake)
+            node.wake = due
+            self.at(due, self.tick, node.i, due)
 
     # The shell, as mesh/service.py does it
 

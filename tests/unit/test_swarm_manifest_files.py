@@ -116,11 +116,25 @@ def test_names_from_which_no_names_of_files_can_be_made(name: str) -> None:
         decode(encoded([(30, H), (25, H)], [(0, 30), (30, 25)], name))
 
 
-def test_an_address_has_no_place_in_it() -> None:
+def with_address(url: str) -> Manifest:
     data = encoded([(30, H), (25, H)], [(0, 30), (30, 25)])
-    head = pack(["m.gguf", [], "https://example.org/m.gguf"])
-    with pytest.raises(BadManifest, match="address"):
-        decode(b"TWM1" + struct.pack("!I", len(head)) + head + data[data.index(MAGIC) :])
+    head = pack(["m.gguf", [], url])
+    return decode(b"TWM1" + struct.pack("!I", len(head)) + head + data[data.index(MAGIC) :])
+
+
+def test_one_address_stands_for_those_of_all_files() -> None:
+    url = "https://example.org/a-00003-of-00004/other-%05d-of-00002.gguf"
+    made = with_address(url % 1)
+    assert made.origins == (url % 1, url % 2)
+    assert decode(made.encode()) == made
+    assert with_address(url % 2).origins == made.origins
+    assert with_address("").origins == ()
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00003.gguf", "m-00001-of-00001.gguf", "m-1-of-2.gguf"])
+def test_an_address_that_is_not_of_so_many_files(name: str) -> None:
+    with pytest.raises(BadManifest, match="origin"):
+        with_address(f"https://example.org/{name}")
 
 
 def test_every_cut_and_every_extra_byte_is_refused() -> None:

@@ -1,17 +1,20 @@
 """Which web addresses may be asked for a file, and which of them other nodes may be told.
 
 Plain http is for loopback. An address with a query may carry a secret or a signature that expires, so only those
-without are shared.
+without are shared. A model in several files has them beside one another, and one address stands for all.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
 from urllib.parse import SplitResult, urlsplit
 
 from tightwad_agent.errors import UsageError
 
 MAX_ADDRESS = 2_000
+
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf)(?=[?#]|\Z)")
 
 
 def web_address(url: str) -> SplitResult:
@@ -40,6 +43,17 @@ def check_shared(url: str) -> None:
     parts = web_address(url)
     if "?" in url or "#" in url:
         raise UsageError(f"the address at {parts.hostname} has a query, which may be secret")
+
+
+def n_files_at(url: str) -> int:
+    """Of how many files that are named by their numbers the address is one; 1 for any other."""
+    match = _SPLIT.search(url)
+    return int(match[2]) if match else 1
+
+
+def file_at(url: str, number: int) -> str:
+    """The address of another file of the same model, counted from 1."""
+    return _SPLIT.sub(lambda match: f"-{number:05d}-of-{match[2]}{match[3]}", url, count=1)
 
 
 def may_be_shared(url: str) -> bool:

@@ -28,7 +28,7 @@ from typing import Annotated, NamedTuple
 
 from tightwad_agent.errors import BadManifest, ProtocolError, UsageError
 from tightwad_agent.ids import ModelId, SafeName
-from tightwad_agent.swarm.addresses import MAX_ADDRESS, check_shared
+from tightwad_agent.swarm.addresses import MAX_ADDRESS, check_shared, file_at, n_files_at
 from tightwad_agent.swarm.gguf import Gguf
 from tightwad_agent.swarm.names import shard_names, shard_texts
 from tightwad_agent.wire.codec import Max, Mismatch, from_plain, pack, to_plain, unpack
@@ -81,8 +81,8 @@ class _Head:
 class Manifest:
     """Checked when made: whoever has one may rely on every rule in `check`.
 
-    `origin` is an address that answers range requests for the file, empty where there is none: a hint, since the
-    root does not cover it; what comes from there is checked as from anywhere.
+    `origin` is an address that answers range requests for the file, the first of several, empty where there is none: a
+    hint, since the root does not cover it; what comes from there is checked as from anywhere.
 
     `files` is empty for a model of one file. With several, `size` is that of all, and `sha256` is the hash of the table
     of files, not of bytes.
@@ -98,15 +98,15 @@ class Manifest:
 
     @classmethod
     def of_files(
-        cls, name: SafeName, files: tuple[FileHash, ...], pieces: tuple[Piece, ...], facts: ModelFacts
+        cls, name: SafeName, files: tuple[FileHash, ...], pieces: tuple[Piece, ...], facts: ModelFacts, origin: str = ""
     ) -> Manifest:
         """A model of several files; `pieces` count from the start of the first. Raises `BadManifest`."""
         table = b"".join(_FILE.pack(*f) for f in files)
-        return cls(name, sum(f.size for f in files), hashlib.sha256(table).digest(), pieces, facts, files=files)
+        return cls(name, sum(f.size for f in files), hashlib.sha256(table).digest(), pieces, facts, origin, files)
 
     def __post_init__(self) -> None:
         check(self.size, self.sha256, self.pieces)
-        _check_origin(self.origin)
+        _check_origin(self.origin, max(1, len(self.files)))
         if self.files:
             _check_files(self)
 
@@ -146,6 +146,13 @@ class Manifest:
         """What the files are called beside one another."""
         return shard_names(self.name, len(self.files)) if self.files else (self.name,)
 
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The address of each file, or nothing."""
+        if not self.origin or not self.files:
+            return (self.origin,) if self.origin else ()
+        return tuple(file_at(self.origin, i) for i in range(1, len(self.files) + 1))
+
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Where each file begins in the bytes of the model."""
@@ -180,12 +187,15 @@ def check(size: int, sha256: bytes, pieces: Sequence[Piece]) -> None:
         raise BadManifest(f"manifest: the pieces end at {at}, the file at {size}")
 
 
-def _check_origin(url: str) -> None:
-    if url:
-        try:
-            check_shared(url)
-        except UsageError as exc:
-            raise BadManifest(f"manifest: origin: {exc.message}") from None
+def _check_origin(url: str, n_files: int) -> None:
+    if not url:
+        return
+    try:
+        check_shared(url)
+    except UsageError as exc:
+        raise BadManifest(f"manifest: origin: {exc.message}") from None
+    if n_files > 1 and n_files_at(url) != n_files:
+        raise BadManifest(f"manifest: origin: an address of {n_files_at(url)} files for a model of {n_files}")
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -224,9 +234,7 @@ def decode(data: bytes, expected: ModelId | None = None) -> Manifest:
     if expected is not None and root != expected:
         raise BadManifest(f"manifest: it is of model {root[:12]}, not of {expected.short}")
     if canonical.startswith(_MAGIC_FILES):
-        if head.origin:
-            raise BadManifest("manifest: an address for a model of several files")
-        return Manifest.of_files(head.name, *_read_files(canonical), head.facts)
+        return Manifest.of_files(head.name, *_read_files(canonical), head.facts, head.origin)
     size, sha256, pieces = _read_canonical(canonical)
     return Manifest(head.name, size, sha256, pieces, head.facts, head.origin)
 

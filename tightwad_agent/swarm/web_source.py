@@ -1,7 +1,7 @@
-"""A file at a web address as one more source of pieces: parts of it, by range requests over kept connections.
+"""A model at a web address as one more source of pieces: parts of its files, by range requests over kept connections.
 
-The server is asked for the version of the file that it named first. A server that has another one, answers no range
-requests or has other bytes is given up for as long as the source lives, with the reason in every later error.
+The server is asked for the version of a file that it named first. A file that is another one by now, that has other
+bytes, or that cannot be had in parts is given up for as long as the source lives, with the reason in every later error.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from operator import itemgetter
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ import trio
 
 from tightwad_agent.errors import OriginError
 from tightwad_agent.fetch import Fetched
-from tightwad_agent.swarm.manifest import MAX_PIECE_BYTES, Manifest
+from tightwad_agent.swarm.manifest import MAX_PIECE_BYTES, Manifest, Piece
 from tightwad_agent.web import (
     Get,
     Pace,
@@ -50,28 +50,78 @@ class WebSource:
 
     def __init__(self, manifest: Manifest, headers: Mapping[str, str], patience: Patience, *, on_hub: bool) -> None:
         self.name = urlsplit(manifest.origin).hostname or "the web"
-        self.given_up = ""
-        """Why nothing more is asked there; empty while it is."""
-        self._url = manifest.origin
-        self._size = manifest.size
-        self._sha256 = manifest.sha256.hex() if on_hub else ""
-        self._headers = {**headers, "Accept-Encoding": "identity"}
-        self._patience = patience
-        self._version: str | None = None
-        self._pieces = manifest.pieces
-        self._n_failed = self._n_bad = 0
+        self._line = _Line({**headers, "Accept-Encoding": "identity"}, patience)
+        facts = zip(manifest.origins, manifest.sizes, manifest.hashes, _pieces_of(manifest), strict=True)
+        self._files = [
+            _File(self._line, url, size, sha256.hex() if on_hub else "", pieces) for url, size, sha256, pieces in facts
+        ]
+        self._starts = manifest.starts
+
+    @property
+    def given_up(self) -> str:
+        """Why nothing more is asked of a file there; empty while all are."""
+        return next((file.given_up for file in self._files if file.given_up), "")
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Exactly the `length` bytes from `offset` of the model, all in one file. Raises `OriginError`, also for a
+        whole piece with a wrong hash."""
+        index = max(0, bisect_right(self._starts, offset) - 1)
+        return await self._files[index].read(offset - self._starts[index], length)
+
+    async def aclose(self) -> None:
+        await self._line.aclose()
+
+
+def _pieces_of(manifest: Manifest) -> list[list[Piece]]:
+    """Of each file; they count from its start."""
+    found: list[list[Piece]] = [[] for _ in manifest.sizes]
+    for index, piece in enumerate(manifest.pieces):
+        file, offset = manifest.place(index)
+        found[file].append(piece._replace(offset=offset))
+    return found
+
+
+class _Line:
+    """The connections to the server, made when first needed."""
+
+    def __init__(self, headers: Mapping[str, str], patience: Patience) -> None:
+        self.headers = headers
+        self.patience = patience
         self._get: Get | None = None
         self._opening = trio.Lock()
         self._stack = AsyncExitStack()
 
+    async def get(self) -> Get:
+        async with self._opening:
+            if self._get is None:
+                self._get = await self._stack.enter_async_context(client(self.patience, "", ()))
+        return self._get
+
+    async def aclose(self) -> None:
+        await self._stack.aclose()
+
+
+class _File:
+    """One file. `sha256`, in hex, is compared with what the server says of it, unless empty."""
+
+    def __init__(self, line: _Line, url: str, size: int, sha256: str, pieces: Sequence[Piece]) -> None:
+        self.given_up = ""
+        self._name = urlsplit(url).hostname or "the web"
+        self._line = line
+        self._url = url
+        self._size = size
+        self._sha256 = sha256
+        self._version: str | None = None
+        self._pieces = pieces
+        self._n_failed = self._n_bad = 0
+
     async def read(self, offset: int, length: int) -> bytes:
-        """Exactly the `length` bytes from `offset`. Raises `OriginError`, also for a whole piece with a wrong hash."""
         if not (offset >= 0 and 0 < length <= MAX_PIECE_BYTES and offset + length <= self._size):
-            raise OriginError(f"{self.name}: {length} bytes from {offset} are no part of {self._size} bytes")
+            raise OriginError(f"{self._name}: {length} bytes from {offset} are no part of {self._size} bytes")
         reason = "no try was made"
-        for attempt in range(self._patience.n_tries):
+        for attempt in range(self._line.patience.n_tries):
             if attempt:
-                await trio.sleep(self._patience.backoff_s * 2 ** (attempt - 1))
+                await trio.sleep(self._line.patience.backoff_s * 2 ** (attempt - 1))
             self._check_open()
             try:
                 data = await self._try(offset, length)
@@ -80,14 +130,14 @@ class WebSource:
                 log.info("%s: %s", shown(self._url), reason)
                 continue
             except OriginError as exc:
-                self.give_up(exc.message)
+                self._give_up(exc.message)
                 raise
             self._n_failed = 0
             await self._compare(offset, data)
             return data
         self._n_failed += 1
         if self._n_failed >= MAX_FAILED_READS:
-            self.give_up(reason)
+            self._give_up(reason)
         raise OriginError(f"{shown(self._url)}: {reason}")
 
     async def _compare(self, offset: int, data: bytes) -> None:
@@ -99,10 +149,10 @@ class WebSource:
             return
         self._n_bad += 1
         if self._n_bad >= MAX_BAD_PIECES:
-            self.give_up("it has other bytes than were added")
+            self._give_up("it has other bytes than were added")
         raise OriginError(f"{shown(self._url)}: it has other bytes than were added")
 
-    def give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str) -> None:
         """Every read fails from now on. The first reason stays."""
         if not self.given_up:
             self.given_up = reason
@@ -110,25 +160,16 @@ class WebSource:
 
     def _check_open(self) -> None:
         if self.given_up:
-            raise OriginError(f"{self.name} is asked no more: {self.given_up}")
+            raise OriginError(f"{self._name} is asked no more: {self.given_up}")
 
     async def _try(self, offset: int, length: int) -> bytes:
-        get = await self._client()
-        wanted = {**self._headers, "Range": f"bytes={offset}-{offset + length - 1}"}
+        get = await self._line.get()
+        wanted = {**self._line.headers, "Range": f"bytes={offset}-{offset + length - 1}"}
         with trio.move_on_after(READ_S):
             async with get(self._url, wanted) as response:
                 self._check(response, offset)
                 return await self._body(response, length)
         raise Retry(f"{length} bytes did not come within {READ_S:g} s")
-
-    async def _client(self) -> Get:
-        async with self._opening:
-            if self._get is None:
-                self._get = await self._stack.enter_async_context(client(self._patience, "", ()))
-        return self._get
-
-    async def aclose(self) -> None:
-        await self._stack.aclose()
 
     def _check(self, response: Response, offset: int) -> None:
         """Raises unless this is the answer to what was asked, about the file as it was."""
@@ -152,7 +193,7 @@ class WebSource:
         self._version = version
 
     async def _body(self, response: Response, length: int) -> bytes:
-        body, pace = bytearray(), Pace(self._patience)
+        body, pace = bytearray(), Pace(self._line.patience)
         async with body_of(response, response.aiter_raw()) as chunks:
             async for chunk in chunks:
                 body += chunk
