@@ -760,7 +760,7 @@ async def test_a_disk_that_rots_is_not_served(tmp_path: Path) -> None:
         assert got.done < len(BIG)
         exchange_there = node.service._transfers[model.model].exchange
         assert exchange_there is not None
-        assert not exchange_there._standings.is_banned(seed.id, trio.current_time()), "nobody was lied to"
+        assert not exchange_there._dialler.is_banned(seed.id), "nobody was lied to"
 
 
 async def test_same_name_other_content(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """One model among this node and its peers: who is connected, what is asked of whom, what came, what went.
 
-Everything runs in the nursery of `run`: one task that dials and watches deadlines, three for each link. State changes
-only in the trio thread; what comes is decrypted, hashed and written by the threads of the links (`intake`).
+Everything runs in the nursery of `run`: a task that watches deadlines, one for each peer that is dialled, three for
+each link. State changes only in the trio thread; what comes is decrypted, hashed and written by the threads of the
+links (`intake`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from dataclasses import dataclass, field
 
 import trio
 
-from tightwad_agent.errors import DiskFull, PeerError, PeerSilent, ProtocolError, TightwadError
+from tightwad_agent.errors import DiskFull, PeerSilent, TightwadError
 from tightwad_agent.ids import NodeId
 from tightwad_agent.streams import Framed, OpenStream, close_quietly
 from tightwad_agent.swarm.arrivals import Arrivals, Found
+from tightwad_agent.swarm.dialler import DIAL_S, Dialler
 from tightwad_agent.swarm.intake import Intake, Landed
 from tightwad_agent.swarm.link import NEWS_S, Link
 from tightwad_agent.swarm.manifest import Manifest
@@ -26,7 +28,6 @@ from tightwad_agent.swarm.part import PartFile
 from tightwad_agent.swarm.peer import Conversation, Effect, Joined, Progress, Received, Refused, Updated
 from tightwad_agent.swarm.pieces import Limits, PieceTracker, Rng
 from tightwad_agent.swarm.source import CompleteFile
-from tightwad_agent.swarm.standing import Standings
 from tightwad_agent.swarm.uploads import Uploads
 from tightwad_agent.wire.swarm import BLOCK_BYTES, CODEC, MAX_SWARM_HEADER, Bye, Hello
 
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 SERVICE = "swarm"
 MAX_LINKS = 64
-DIAL_S = 20.0
 IDLE_S = 10.0
 LEAVE_S = 10.0
 IDLE_NEWS_S = 1.0
@@ -80,7 +80,6 @@ class Exchange:
         self.failure: TightwadError | None = None
         self.traffic = traffic or Traffic()
         self._me = me
-        self._open_stream = open_stream
         self._part = part
         self._complete = complete
         self._lengths = [piece.length for piece in manifest.pieces]
@@ -92,9 +91,12 @@ class Exchange:
         self._outside = LastResort(outside, self) if outside is not None and part is not None else None
         self._on_piece = on_piece
         self._on_damage = on_damage
-        self._holders: frozenset[NodeId] = frozenset()
-        self._dialling: dict[NodeId, trio.CancelScope] = {}
-        self._standings = Standings()
+        self._dialler = Dialler(
+            str(manifest.name),
+            lambda peer: open_stream(peer, SERVICE, {"model": str(manifest.root)}),
+            changed=self._stir,
+            forgive=self._forgive,
+        )
         self._recent: deque[tuple[float, int]] = deque()
         self.poke = trio.Event()
         self._stopping = False
@@ -131,15 +133,16 @@ class Exchange:
         tracker = self.tracker
         if tracker is None or tracker.complete or tracker.fetching:
             return ""
-        bad = [p for p in self._holders if self._standings.is_banned(p, trio.current_time())]
+        holders = self._dialler.holders
+        bad = [p for p in holders if self._dialler.is_banned(p)]
         tail = f" ({len(bad)} sent bad data and are not asked)" if bad else ""
         tail += f" ({self._outside.problem})" if self._outside and self._outside.problem else ""
-        if not self._holders:
+        if not holders:
             return f"no node has it any more, waiting for one to return{tail}"
         if not self.links:
-            if not all(map(self._standings.has_failed, self._holders)):
+            if not self._dialler.all_failed:
                 return ""  # about to be dialled, or being dialled for the first time
-            return f"none of the {len(self._holders)} nodes that have it can be reached, waiting{tail}"
+            return f"none of the {len(holders)} nodes that have it can be reached, waiting{tail}"
         if any(peer not in tracker.peers for peer in self.links):
             return ""  # it has not said yet what it has
         if missing := tracker.missing_everywhere():
@@ -150,10 +153,7 @@ class Exchange:
 
     def set_holders(self, holders: frozenset[NodeId]) -> None:
         """Nodes that have at least part of it. One that is new is dialled at once."""
-        for peer in holders - self._holders:
-            self._standings.welcome(peer)
-        self._holders = holders - {self._me}
-        self.poke.set()
+        self._dialler.set_holders(holders - {self._me})
 
     def now_complete(self, source: CompleteFile) -> None:
         """The file has its final name: serve from there."""
@@ -194,8 +194,8 @@ class Exchange:
         if refusal or self._nursery is None or self._stopping:
             await framed.send(Bye(refusal or "this model is being closed"), deadline_s=DIAL_S)
             return
-        if peer in self._dialling:
-            self._dialling[peer].cancel()
+        if peer in self._dialler.under_way:
+            self._dialler.under_way[peer].cancel()
         link = self._add_link(peer, framed, dialled=False, first=hello)
         self._nursery.start_soon(self._run_link, link)
         try:
@@ -209,10 +209,10 @@ class Exchange:
 
     def _refusal(self, peer: NodeId) -> str:
         """Of two streams between the same two nodes, the one that the lower id opened stays."""
-        if self._standings.is_banned(peer, trio.current_time()):
+        if self._dialler.is_banned(peer):
             return "you sent bad data"
         link = self.links.get(peer)
-        if self._me < peer and (peer in self._dialling or (link is not None and link.dialled)):
+        if self._me < peer and (peer in self._dialler.under_way or (link is not None and link.dialled)):
             return "we are connected already"
         if len(self.links) >= MAX_LINKS and link is None:
             return f"{MAX_LINKS} nodes are connected"
@@ -236,7 +236,7 @@ class Exchange:
         if self.links.get(link.peer) is link:
             del self.links[link.peer]
             self._forget(link)
-            self._note_end(link.peer, link.ended)
+            self._dialler.ended(link.peer, link.ended)
         self.poke.set()
 
     def _forget(self, link: Link) -> None:
@@ -246,43 +246,26 @@ class Exchange:
             self.fill_all()
 
     async def _dial(self, peer: NodeId) -> None:
-        scope = self._dialling[peer]
-        stream: trio.abc.Stream | None = None
+        stream = await self._dialler.open(peer)
+        if stream is None:
+            return
         try:
-            with scope:
-                try:
-                    with trio.fail_after(DIAL_S):
-                        stream = await self._open_stream(peer, SERVICE, {"model": str(self.manifest.root)})
-                except trio.TooSlowError:
-                    self._note_end(peer, PeerSilent(f"no connection within {DIAL_S:g} s"))
-                except PeerError as exc:
-                    self._note_end(peer, exc)
-        finally:
-            del self._dialling[peer]
-            self.poke.set()
-        try:
-            if stream is not None and not scope.cancelled_caught and peer not in self.links:
+            if peer not in self.links:
                 framed = Framed(
                     stream, CODEC, max_header=MAX_SWARM_HEADER, max_payload=BLOCK_BYTES, read_size=BLOCK_BYTES
                 )
                 await self._run_link(self._add_link(peer, framed, dialled=True))
         finally:
-            if stream is not None:
-                await close_quietly(stream)
+            await close_quietly(stream)
 
-    def _note_end(self, peer: NodeId, error: PeerError | None) -> None:
-        self._standings.ended(peer, trio.current_time(), grave=isinstance(error, ProtocolError))
-        if isinstance(error, ProtocolError):
-            log.warning("%s: %s broke the protocol: %s", self.manifest.name, peer.short, error)
-        elif error is not None:
-            log.debug("%s: link to %s ended: %s", self.manifest.name, peer.short, error)
+    def _stir(self) -> None:
+        self.poke.set()
 
-    def _ban(self, link: Link) -> None:
-        log.warning("%s: %s sent bad data again and is not asked for a while", self.manifest.name, link.peer.short)
-        self._standings.ban(link.peer, trio.current_time())
-        link.drop()
+    def _forgive(self, peer: NodeId) -> None:
+        if self.tracker is not None:
+            self.tracker.forgive(peer)
 
-    # The task that dials and watches the clock
+    # The tasks that watch the clock
 
     async def _drive(self) -> None:
         assert self._nursery is not None
@@ -292,8 +275,7 @@ class Exchange:
             if self.tracker is not None and not self.tracker.complete and not self._stopping:
                 self._leave_slow(now)
                 self.fill_all()
-                for peer in self._to_dial(now):
-                    self._dialling[peer] = trio.CancelScope()
+                for peer in self._dialler.begin(self.links, MAX_LINKS - len(self.links), now):
                     self._nursery.start_soon(self._dial, peer)
             deadline = self._next_deadline(now)
             with trio.move_on_at(deadline) as scope:
@@ -314,31 +296,16 @@ class Exchange:
             return math.inf if self.links else now + IDLE_S
         if self.tracker is None or self.tracker.complete:
             return math.inf
-        idle = [p for p in self._holders if p not in self.links and p not in self._dialling]
-        return min(self._standings.next_change(idle, now), self.tracker.next_deadline(now))
+        return min(self._dialler.next_due(self.links, now), self.tracker.next_deadline(now))
 
     def _leave_slow(self, now: float) -> None:
         assert self.tracker is not None
         for name in self.tracker.expire(now):
             link = self.links.pop(NodeId(name))
             log.info("%s: %s is too slow, its pieces are asked elsewhere", self.manifest.name, link.peer.short)
-            self._note_end(link.peer, PeerSilent("stalled"))
+            self._dialler.ended(link.peer, PeerSilent("stalled"))
             self._forget(link)
             link.drop()
-
-    def _to_dial(self, now: float) -> list[NodeId]:
-        room = MAX_LINKS - len(self.links) - len(self._dialling)
-        due = [
-            peer
-            for peer in sorted(self._holders)
-            if peer not in self.links and peer not in self._dialling and self._may_dial(peer, now)
-        ]
-        return due[: max(0, room)]
-
-    def _may_dial(self, peer: NodeId, now: float) -> bool:
-        if self._standings.forgiven(peer, now) and self.tracker is not None:
-            self.tracker.forgive(peer)
-        return self._standings.may_be_dialled(peer, now)
 
     # What comes
 
@@ -392,7 +359,8 @@ class Exchange:
         self._judge(link.peer, piece, landed.found)
         if landed.found is Found.BAD:
             if tracker.bad(link.peer, piece):
-                self._ban(link)
+                self._dialler.ban(link.peer)
+                link.drop()
             self.fill_all()
         elif last and landed.found is Found.MORE:  # not all of it was taken
             tracker.returned(link.peer, piece)
@@ -427,7 +395,7 @@ class Exchange:
             return
         if self._arrivals is not None:
             self._arrivals.noted()
-        self._standings.useful(source)
+        self._dialler.useful(source)
         self.traffic.from_each_peer[source] += self._lengths[piece]
         self.have.add(piece)
         self._n_bytes += self._lengths[piece]
@@ -461,7 +429,7 @@ class Exchange:
     @property
     def dialling(self) -> bool:
         """Peers are about to be connected."""
-        return any(peer not in self.links for peer in self._dialling)
+        return any(peer not in self.links for peer in self._dialler.under_way)
 
     def tell_fetching(self, tracker: PieceTracker) -> None:
         fetching = tracker.fetching
