@@ -120,6 +120,9 @@ class FakeModel:
                 self.outputs[index + i] = [*memory]
         return index + len(piece.tokens)
 
+    def parses(self, grammar: str) -> bool:
+        return grammar.startswith("root ::= ")
+
     def sampler(self, sampling: Sampling, prompt: Sequence[int]) -> FakeSampler:
         self.n_samplers += 1
         return FakeSampler(self, sampling, said=len(prompt))

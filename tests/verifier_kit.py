@@ -99,11 +99,17 @@ class Child:
         return unpack_tokens(message.tokens)
 
     def open(
-        self, prompt: Sequence[int], sampling: Sampling = GREEDY, *, max_tokens: int = 32, n_probs: int = -1
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling = GREEDY,
+        *,
+        max_tokens: int = 32,
+        n_probs: int = -1,
+        said: Sequence[int] = (),
     ) -> int:
         """The number of the new request."""
         self._number += 1
-        self.send(Open(self._number, pack_tokens(prompt), sampling, max_tokens, n_probs))
+        self.send(Open(self._number, pack_tokens(prompt), sampling, max_tokens, n_probs, pack_tokens(said)))
         return self._number
 
     def round(self, request: int, at: int, draft: Sequence[int] = (), free: int = 0) -> None:
@@ -120,19 +126,25 @@ class Child:
         max_tokens: int = 32,
         drafter: Drafter = no_draft,
         n_probs: int = -1,
+        said: Sequence[int] = (),
     ) -> list[Accepted]:
         """One request, to its end."""
-        return self.together([(prompt, sampling, drafter)], max_tokens=max_tokens, n_probs=n_probs)[0]
+        return self.together([(prompt, sampling, drafter)], max_tokens=max_tokens, n_probs=n_probs, said=said)[0]
 
     def tokens(self, prompt: Sequence[int], sampling: Sampling = GREEDY, **options: Any) -> list[int]:
         """What one request brought."""
         return flat(self.answers(prompt, sampling, **options))
 
     def together(
-        self, asked: Sequence[tuple[Sequence[int], Sampling, Drafter]], *, max_tokens: int = 32, n_probs: int = -1
+        self,
+        asked: Sequence[tuple[Sequence[int], Sampling, Drafter]],
+        *,
+        max_tokens: int = 32,
+        n_probs: int = -1,
+        said: Sequence[int] = (),
     ) -> list[list[Accepted]]:
         """Several requests at once, each to its end."""
-        numbers = [self.open(p, s, max_tokens=max_tokens, n_probs=n_probs) for p, s, _drafter in asked]
+        numbers = [self.open(p, s, max_tokens=max_tokens, n_probs=n_probs, said=said) for p, s, _drafter in asked]
         sequences = {number: list(p) for number, (p, _s, _d) in zip(numbers, asked, strict=True)}
         drafters = {number: d for number, (_p, _s, d) in zip(numbers, asked, strict=True)}
         answers: dict[int, list[Accepted]] = {number: [] for number in numbers}
@@ -144,6 +156,8 @@ class Child:
             assert answer.at == len(sequence)
             sequence += unpack_tokens(answer.tokens)
             answers[answer.request].append(answer)
+            if not answer.batch and answer.ended is Ended.NOT and said:
+                continue  # what was said comes back
             if answer.ended is Ended.NOT:
                 self.round(answer.request, len(sequence), drafters[answer.request](sequence))
             else:

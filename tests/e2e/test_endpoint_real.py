@@ -236,12 +236,55 @@ class TestFields:
         assert said(greedy(agent, TEXT, prompt=STORY, echo=True)) == STORY + plain
 
 
+VERDICT = {
+    "type": "object",
+    "properties": {"verdict": {"enum": ["yes", "no"]}, "why": {"type": "string", "maxLength": 40}},
+    "required": ["verdict", "why"],
+    "additionalProperties": False,
+}
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        "form",
+        [
+            {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": VERDICT}},
+            {"type": "json_object", "schema": VERDICT},
+        ],
+        ids=["OpenAI's", "llama-server's"],
+    )
+    @pytest.mark.parametrize("temperature", [0, 1])
+    def test_an_answer_is_what_the_schema_says(self, agent: Agent, form: Any, temperature: float) -> None:
+        asked = {"messages": YES, "response_format": form, "temperature": temperature, "seed": 7, "max_tokens": 150}
+        answer = greedy(agent, CHAT, **asked)
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        found = json.loads(said(answer))
+        assert list(found) == ["verdict", "why"]
+        assert found["verdict"] in ("yes", "no")
+        assert len(found["why"]) <= 40
+        assert "".join(texts(events(agent, CHAT, **asked))) == said(answer)
+        assert said(greedy(agent, CHAT, **asked, speculation=False)) == said(answer)
+
+    def test_any_object(self, agent: Agent) -> None:
+        asked = {"messages": YES, "response_format": {"type": "json_object"}, "max_tokens": 200, "temperature": 0.8}
+        answers = [greedy(agent, CHAT, **asked, seed=seed) for seed in range(4)]
+        whole = [said(answer) for answer in answers if answer["choices"][0]["finish_reason"] == "stop"]
+        assert whole
+        assert all(isinstance(json.loads(text), dict) for text in whole)
+
+    def test_of_a_text_that_goes_on(self, agent: Agent) -> None:
+        answer = greedy(
+            agent, TEXT, prompt="Two and two is", response_format={"type": "json_object", "schema": {"const": 4}}
+        )
+        assert said(answer) == "4"
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("field", "value"),
         [
             ("tools", [{"type": "function", "function": {"name": "f"}}]),
-            ("response_format", {"type": "json_object"}),
+            ("response_format", {"type": "json_object", "schema": {"type": "string", "pattern": "a+"}}),
             ("grammar", 'root ::= "a"'),
             ("mirostat", 2),
             ("dry_multiplier", 0.8),

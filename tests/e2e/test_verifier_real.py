@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import resource
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import httpx
 import psutil
 import pytest
 import tiny_models
+from gbnf import Grammar
+from json_schemas import TAKES
 from verifier_kit import Child, Drafter, flat, follows
 
 from tightwad_agent.engine.tinymodel import tiny_model
+from tightwad_agent.proxy.json_grammar import grammar_of
 from tightwad_agent.wire.frames import encode
 from tightwad_agent.wire.verify import (
     GREEDY,
@@ -395,6 +400,85 @@ class TestRequests:
         failed = child.failure(prompt)
         assert failed.code == code
         assert words in failed.reason
+
+
+FORM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"enum": ["kind", "old", "bold"]}, "minItems": 1, "maxItems": 3},
+        "home": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+    "required": ["name", "tags"],
+}
+MINDING = Sampling(seed=5, repeat_penalty=1.2)
+
+
+class TestGrammars:
+    ASKED = "<|im_start|>user\nDescribe a person as JSON.<|im_end|>\n<|im_start|>assistant\n"
+
+    @pytest.mark.parametrize(
+        "how",
+        [GREEDY, WARM, MINDING, Sampling(temperature=0.0, presence_penalty=0.5)],
+        ids=["greedy", "warm", "warm, penalties", "greedy, penalties"],
+    )
+    def test_the_answer_has_the_form_whatever_is_drafted(self, child: Child, how: Sampling) -> None:
+        grammar = grammar_of(FORM)
+        prompt, guided = child.tokenize(self.ASKED), replace(how, grammar=grammar)
+        plain = child.answers(prompt, guided, max_tokens=200)
+        text = b"".join(piece for answer in plain for piece in answer.pieces).decode()
+        assert plain[-1].ended is Ended.EOG, text
+        assert Grammar(grammar).takes(text), text
+        assert set(json.loads(text)) >= {"name", "tags"}
+        recorded = [*prompt, *flat(plain)]
+        for name, drafter in drafters(recorded).items():
+            assert child.tokens(prompt, guided, max_tokens=200, drafter=drafter) == flat(plain), name
+
+    @pytest.mark.parametrize("how", [GREEDY, WARM, MINDING], ids=["greedy", "warm", "penal"])
+    def test_an_answer_goes_on_where_another_verifier_stopped(self, child: Child, how: Sampling) -> None:
+        prompt, guided = child.tokenize(self.ASKED), replace(how, grammar=grammar_of(FORM))
+        whole = child.tokens(prompt, guided, max_tokens=200)
+        for n in (1, 7, len(whole) - 1):
+            assert child.tokens(prompt, guided, max_tokens=200, said=whole[:n]) == whole
+
+    def test_without_a_form_the_same_is_said(self, child: Child, prompts: list[list[int]]) -> None:
+        """A grammar that allows anything changes nothing."""
+        anything = "root ::= [^\\x00]*\n"
+        for how in (GREEDY, WARM, MINDING):
+            plain = child.tokens(prompts[0], how, max_tokens=24)
+            assert child.tokens(prompts[0], replace(how, grammar=anything), max_tokens=24) == plain
+
+    @pytest.mark.parametrize("grammar", ["root ::= nonsense", "root ::= root", "x", 'begin ::= "a"', "root ::= ("])
+    def test_what_is_no_grammar_is_refused(self, child: Child, prompts: list[list[int]], grammar: str) -> None:
+        failed = child.failure(prompts[0], replace(GREEDY, grammar=grammar))
+        assert failed.code == "input"
+        assert "grammar" in failed.reason
+        assert child.tokens(prompts[0], max_tokens=1), "and nothing else happens"
+
+    def test_where_nothing_is_allowed_the_answer_ends(self, child: Child, prompts: list[list[int]]) -> None:
+        stuck = replace(GREEDY, grammar='root ::= "a" [^\\x00-\\U0010FFFF]')
+        answers = child.answers(prompts[0], stuck, max_tokens=20)
+        assert b"".join(piece for answer in answers for piece in answer.pieces) == b"a"
+        assert answers[-1].ended is Ended.EOG
+
+    def test_libllama_takes_every_grammar_that_is_made(self, engine_dir: Path, tmp_path: Path) -> None:
+        """With a model that babbles, byte by byte."""
+        model = tmp_path / "tiny.gguf"
+        model.write_bytes(tiny_model())
+        n_ended = 0
+        with Child() as child:
+            child.load(engine_dir, model, context=1024)
+            for schema, *_ in TAKES:
+                grammar = grammar_of(schema)
+                how = Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=3, grammar=grammar)
+                answers = child.answers([1, 80], how, max_tokens=300)
+                said = b"".join(piece for answer in answers for piece in answer.pieces)
+                text = said.decode(errors="replace")
+                if answers[-1].ended is Ended.EOG and text.encode() == said:  # libllama lets odd bytes pass as a letter
+                    n_ended += 1
+                    assert Grammar(grammar).takes(text), (schema, text)
+        assert n_ended > len(TAKES) / 2
 
 
 class TestSmallContext:

@@ -238,7 +238,7 @@ class TestHelpers:
 
 REFUSED = [
     (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "json_object", "schema": {"not": {}}}}, "response_format"),
     (CHAT, {"messages": HELLO, "logit_bias": {"9999": 1}}, "logit_bias"),
     (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature"),
     (CHAT, {"messages": HELLO, "reasoning_effort": "high"}, "reasoning_effort"),

@@ -29,10 +29,6 @@ def _at_most(limit: float) -> Callable[[Any], bool]:
     return lambda value: is_number(value) and value <= limit
 
 
-def _text_format(value: Any) -> bool:
-    return value in ({}, {"type": "text"})
-
-
 _ORDER = ["penalties", "top_k", "top_p", "min_p", "temperature"]
 _OFF = frozenset({"dry", "top_n_sigma", "typ_p", "typical_p", "xtc"})
 """Steps that are refused by their own parameters where they would do something."""
@@ -58,7 +54,6 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "parallel_tool_calls": only(True, False),
     "functions": empty,
     "function_call": only("none", "auto"),
-    "response_format": _text_format,
     "modalities": only(["text"]),
     "verbosity": only("medium"),
     "suffix": empty,

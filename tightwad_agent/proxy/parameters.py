@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tightwad_agent.proxy.fields import BadField, Fields, shown, unsupported
+from tightwad_agent.proxy.json_grammar import BadSchema, any_object, grammar_of
 from tightwad_agent.proxy.messages import Message, messages_of
 from tightwad_agent.proxy.neutral import NEUTRAL, is_number, only
 from tightwad_agent.wire.verify import MAX_TOKENS, Sampling
@@ -101,6 +102,7 @@ def _ask(fields: Fields, n_probs: int) -> Ask:
 
 def _sampling(fields: Fields) -> Sampling:
     usual = Sampling()
+    grammar = _grammar(fields)
     top_k = fields.integer("top_k", -MAX_INT, MAX_INT)
     last_n = fields.integer("repeat_last_n", -1, MAX_INT)
     return Sampling(
@@ -112,7 +114,47 @@ def _sampling(fields: Fields) -> Sampling:
         presence_penalty=fields.number("presence_penalty", usual.presence_penalty, -100, 100),
         frequency_penalty=fields.number("frequency_penalty", usual.frequency_penalty, -100, 100),
         repeat_last_n=usual.repeat_last_n if last_n is None else last_n,
+        grammar=grammar,
     )
+
+
+def _grammar(fields: Fields) -> str:
+    """Of `response_format`, as OpenAI and llama-server have it; empty for any text."""
+    value = fields.take("response_format")
+    if value in (None, {}, {"type": "text"}):
+        return ""
+    if not isinstance(value, dict):
+        raise fields.wrong("response_format", "an object", value)
+    inner = Fields(value, "response_format.")
+    kind, named, schema = inner.take("type"), inner.take("json_schema"), inner.take("schema")
+    inner.refuse_rest({})
+    if kind not in ("json_object", "json_schema"):
+        raise inner.wrong("type", "text, json_object or json_schema", kind)
+    if named is not None:
+        schema = _named_schema(inner, named)
+    if schema is None:
+        if kind == "json_schema":
+            raise BadField("`response_format.json_schema` is missing", param="response_format.json_schema")
+        return any_object()
+    try:
+        return grammar_of(schema)
+    except BadSchema as exc:
+        raise unsupported("response_format", f"cannot be held to by the verifier: {exc.message}") from None
+
+
+def _named_schema(fields: Fields, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise fields.wrong("json_schema", "an object", value)
+    inner = Fields(value, "response_format.json_schema.")
+    schema = inner.take("schema")
+    if schema is None:
+        raise BadField("`response_format.json_schema.schema` is missing", param="response_format.json_schema.schema")
+    inner.refuse_rest({"name": _text, "description": _text, "strict": only(True, False)})
+    return schema
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 _SEEDS = (1 << 32) - 1

@@ -25,6 +25,8 @@ MAX_TOKENS = 1 << 20
 MAX_TEXT = 16 << 20
 """Bytes of a text to tokenize."""
 MAX_HEADER = MAX_TEXT + (1 << 16)
+MAX_GRAMMAR = 48 << 10
+"""Characters of a grammar."""
 MAX_ROUND = 4096
 """Draft tokens of one round, and tokens that one answer brings."""
 
@@ -82,6 +84,8 @@ class Sampling:
 
     `temperature` 0 is greedy, after bias and penalties. `top_k` 0, `top_p` 1, `min_p` 0, `repeat_penalty` 1, and zero
     penalties switch a step off; `repeat_last_n` -1 is the whole context. The same `seed` gives the same tokens.
+    `grammar` (GBNF, from its rule `root` on; empty: none): what is said follows it; it is drawn as without a grammar
+    where that does.
     """
 
     temperature: float = 0.8
@@ -94,6 +98,7 @@ class Sampling:
     repeat_last_n: int = 64
     seed: Natural = 0
     logit_bias: Annotated[tuple[tuple[int, float], ...], Max(4096)] = ()
+    grammar: Annotated[str, Max(MAX_GRAMMAR)] = ""
 
 
 @dataclass(frozen=True, slots=True)

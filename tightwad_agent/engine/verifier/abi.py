@@ -282,6 +282,7 @@ _LLAMA: dict[str, tuple[Any, ...]] = {
     "llama_sampler_init_temp": (_ptr, _f32),
     "llama_sampler_init_penalties": (_ptr, _i32, _i32, _f32, _f32, _f32),
     "llama_sampler_init_logit_bias": (_ptr, _i32, _i32, ctypes.POINTER(LogitBias)),
+    "llama_sampler_init_grammar": (_ptr, _ptr, _text, _text),
     "llama_sampler_sample": (_i32, _ptr, _ptr, _i32),
     "llama_sampler_accept": (None, _ptr, _i32),
     "llama_sampler_apply": (None, _ptr, ctypes.POINTER(TokenDataArray)),

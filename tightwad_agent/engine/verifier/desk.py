@@ -35,6 +35,8 @@ class Desk:
         request = Request.of(opened)
         if refused := refusal(opened, request.tokens, self._facts):
             return Failed(number, *refused)
+        if opened.sampling.grammar and not self._model.parses(opened.sampling.grammar):
+            return Failed(number, "input", "the grammar is none that libllama takes")
         if opened.max_tokens == 0:
             return Accepted(number, request.n_prompt, b"", (), ended=Ended.LENGTH, n_prompt=request.n_prompt)
         if len(self._waiting) >= MAX_WAITING:

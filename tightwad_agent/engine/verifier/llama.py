@@ -79,6 +79,9 @@ class Llama:
     def sampler(self, sampling: Sampling, prompt: Sequence[int]) -> Any:
         return self._chains.make(sampling, prompt)
 
+    def parses(self, grammar: str) -> bool:
+        return self._chains.parses(grammar)
+
     def probabilities(self, index: int, token: int, n_top: int) -> TokenProbabilities:
         if self._candidates is None:
             self._candidates = Candidates(self._f, self.facts.n_vocab)

@@ -83,6 +83,10 @@ class Model(Protocol):
 
     def sampler(self, sampling: Sampling, prompt: Sequence[int]) -> Sampler: ...
 
+    def parses(self, grammar: str) -> bool:
+        """Whether a sampler can follow it."""
+        ...
+
     def probabilities(self, index: int, token: int, n_top: int) -> TokenProbabilities: ...
 
     def keep(self, seq: int, n: int) -> bool:

@@ -18,7 +18,7 @@ _BLEND = 0.5
 @dataclass(slots=True, eq=False)
 class Request:
     """`tokens`: prompt and what was sampled. `n_given`: prompt and what was said before. `retraced`: that is to be
-    sampled once more, to bring dice, penalties and probabilities to where they were.
+    sampled once more, to bring dice, penalties, grammar and probabilities to where they were.
 
     `asked`: the round it waits to have evaluated; `free`: rounds it may go on without one. `delay_s`: how long the
     agent usually takes from an answer to the next round.
@@ -41,7 +41,7 @@ class Request:
     @classmethod
     def of(cls, opened: Open) -> Request:
         prompt, said = unpack_tokens(opened.prompt), unpack_tokens(opened.said)
-        retraced = bool(said) and (draws(opened.sampling) or opened.n_probs >= 0)
+        retraced = bool(said) and (draws(opened.sampling) or bool(opened.sampling.grammar) or opened.n_probs >= 0)
         return cls(opened, prompt + said, len(prompt), len(prompt) + len(said), retraced)
 
     @property

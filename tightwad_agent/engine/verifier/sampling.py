@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from tightwad_agent.engine.verifier import abi
 from tightwad_agent.engine.verifier.model import Facts
+from tightwad_agent.errors import EngineError
 from tightwad_agent.wire.verify import Sampling
 
 COLDEST = 1e-6
@@ -65,6 +66,45 @@ class Row:
         self._logits[:] = memoryview(row).cast("B").cast("f")
         return abi.TokenDataArray(self._data, self._n, -1, False)
 
+    @property
+    def is_empty(self) -> bool:
+        """No token can be drawn any more."""
+        return max(self._logits) == -math.inf
+
+
+class Grammar:
+    """What has been said, as far as a grammar follows it; `close` frees it. libllama ends the process when it is told
+    of a token that is not allowed."""
+
+    def __init__(self, functions: Any, handle: int, eog: Collection[int]) -> None:
+        self._apply = functions.llama_sampler_apply
+        self._accept = functions.llama_sampler_accept
+        self._free = functions.llama_sampler_free
+        self._handle = handle
+        self._eog = eog
+        self._one = (abi.TokenData * 1)()
+        self.end = min(eog, default=0)
+        """What to say where nothing is allowed."""
+        self.over = False
+
+    def allows(self, token: int) -> bool:
+        self._one[0] = abi.TokenData(token, 0.0, 0.0)
+        self._apply(self._handle, ctypes.byref(abi.TokenDataArray(self._one, 1, -1, False)))
+        return bool(self._one[0].logit > -math.inf)
+
+    def restrict(self, found: abi.TokenDataArray) -> None:
+        """What is not allowed can no longer be drawn."""
+        self._apply(self._handle, ctypes.byref(found))
+
+    def accept(self, token: int) -> None:
+        """What it does not allow ends it, as the end of the text does."""
+        self.over = self.over or token in self._eog or not self.allows(token)
+        if not self.over:
+            self._accept(self._handle, token)
+
+    def close(self) -> None:
+        self._free(self._handle)
+
 
 class Chain:
     """A chain with its state; `close` frees it."""
@@ -108,6 +148,51 @@ class Minding(Chain):
         self.accept(token)
 
 
+class Guided(Chain):
+    """A chain with a grammar, which is asked about the one token that was drawn. Where it does not allow that, another
+    is drawn from all that it allows: seldom, since it takes time to ask about each token of the vocabulary."""
+
+    def __init__(self, functions: Any, context: int, handle: int, row: Callable[[], Row], grammar: Grammar) -> None:
+        super().__init__(functions, context, handle)
+        self._f = functions
+        self._row = row
+        self._grammar = grammar
+
+    def sample(self, index: int) -> int:
+        token = self._pick(index)
+        self._note(token)
+        return token
+
+    def retrace(self, index: int, token: int) -> None:
+        """Draws as `sample` does, and notes what was said."""
+        self._pick(index)
+        self._note(token)
+
+    def _note(self, token: int) -> None:
+        self.accept(token)
+        self._grammar.accept(token)
+
+    def _pick(self, index: int) -> int:
+        logits = self._f.llama_get_logits_ith(self._context, index)
+        token = self._drawn(self._row().of(logits))
+        if self._grammar.over or self._grammar.allows(token):
+            return token
+        found = self._row().of(logits)
+        self._grammar.restrict(found)
+        if self._row().is_empty:  # the vocabulary has nothing that goes on
+            return self._grammar.end
+        return self._drawn(found)
+
+    def _drawn(self, found: abi.TokenDataArray) -> int:
+        self._f.llama_sampler_apply(self._handle, ctypes.byref(found))
+        return int(found.data[found.selected].id)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._grammar.close()
+        super().close()
+
+
 class Plain(Chain):
     """Greedy without bias and penalties has no state: one chain serves all requests, and is never freed."""
 
@@ -121,6 +206,7 @@ class Chains:
     def __init__(self, functions: Any, context: int, vocab: int, facts: Facts) -> None:
         self._f = functions
         self._context = context
+        self._vocab = vocab
         self._facts = facts
         n = ctypes.c_int32(0)
         tokens = functions.llama_vocab_get_suppress_tokens(vocab, ctypes.byref(n))
@@ -131,14 +217,36 @@ class Chains:
     def make(self, sampling: Sampling, prompt: Sequence[int]) -> Chain:
         """A chain that has seen the prompt, as far as it matters to it."""
         steps = list(self._steps(sampling))
-        if not steps:
+        if sampling.grammar:
+            chain: Chain = self._guided(sampling.grammar, steps or [self._f.llama_sampler_init_greedy()])
+        elif not steps:
             return self._greedy
-        if not penalized(sampling):
-            return Chain(self._f, self._context, self._chain(steps))
-        chain = Minding(self._f, self._context, self._chain(steps), self._row)
-        for token in prompt[-self._looks_back(sampling) :]:
-            chain.accept(token)
+        elif penalized(sampling):
+            chain = Minding(self._f, self._context, self._chain(steps), self._row)
+        else:
+            chain = Chain(self._f, self._context, self._chain(steps))
+        if penalized(sampling):
+            for token in prompt[-self._looks_back(sampling) :]:
+                chain.accept(token)
         return chain
+
+    def parses(self, grammar: str) -> bool:
+        """Whether libllama takes it."""
+        handle = self._grammar(grammar)
+        if handle:
+            self._f.llama_sampler_free(handle)
+        return bool(handle)
+
+    def _grammar(self, text: str) -> int | None:
+        handle: int | None = self._f.llama_sampler_init_grammar(self._vocab, text.encode(), b"root")
+        return handle
+
+    def _guided(self, text: str, steps: Sequence[int]) -> Guided:
+        handle = self._grammar(text)
+        if not handle:
+            raise EngineError("the grammar, which was tried before, is not taken")
+        grammar = Grammar(self._f, handle, self._facts.eog)
+        return Guided(self._f, self._context, self._chain(steps), self._row, grammar)
 
     def _row(self) -> Row:
         if self._made_row is None:
