@@ -457,10 +457,11 @@ class TestGrammars:
         assert child.tokens(prompts[0], max_tokens=1), "and nothing else happens"
 
     def test_where_nothing_is_allowed_the_answer_ends(self, child: Child, prompts: list[list[int]]) -> None:
-        stuck = replace(GREEDY, grammar='root ::= "a" [^\\x00-\\U0010FFFF]')
-        answers = child.answers(prompts[0], stuck, max_tokens=20)
-        assert b"".join(piece for answer in answers for piece in answer.pieces) == b"a"
-        assert answers[-1].ended is Ended.EOG
+        for how in (GREEDY, WARM):
+            stuck = replace(how, grammar='root ::= "a" [^\\x00-\\U0010FFFF]')
+            answers = child.answers(prompts[0], stuck, max_tokens=20)
+            assert b"".join(piece for answer in answers for piece in answer.pieces) == b"a"
+            assert answers[-1].ended is Ended.EOG
 
     def test_libllama_takes_every_grammar_that_is_made(self, engine_dir: Path, tmp_path: Path) -> None:
         """With a model that babbles, byte by byte."""
