@@ -99,12 +99,14 @@ class RelayProcess:
 
     async def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        with trio.fail_after(START_S):
+        with trio.CancelScope(deadline=trio.current_time() + START_S) as scope:
             while b"\n" not in self._rest:
                 data = await self._process.stdout.receive_some()
                 if not data:
                     raise RigError("the relay ended")
                 self._rest += data
+        if scope.cancelled_caught:
+            raise RigError(f"the relay said nothing within {START_S:g} s")
         line, self._rest = self._rest.split(b"\n", 1)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

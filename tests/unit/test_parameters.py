@@ -185,7 +185,19 @@ BAD = [
     ("n_probs", 21),
     ("timings_per_token", 1),
     ("speculation", "off"),
+    ("response_format", "json"),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": ["text"]}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
+    ("response_format", {"type": "json_object", "schema": {}, "json_schema": {"schema": {}}}),
 ]
+
+
+@pytest.mark.parametrize("value", [None, {}, {"type": "text"}])
+def test_any_text_needs_no_grammar(value):
+    for read, body in ((chat_request, {"messages": HELLO}), (completion_request, {"prompt": "x"})):
+        assert read({**body, "response_format": value}).ask.sampling.grammar == ""
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
@@ -220,6 +232,7 @@ UNSUPPORTED = [
     ("response_format", {"type": "json_object", "schema": {"type": "string", "pattern": "a+"}}),
     ("response_format", {"type": "json_schema", "json_schema": {"schema": {"minimum": 1}}}),
     ("response_format", {"type": "json_object", "strict": True}),
+    ("response_format", {"type": "text", "schema": {}}),
     ("response_format", {"type": "json_schema", "json_schema": {"schema": {}, "strict": "yes"}}),
     ("grammar", "root ::= 'a'"),
     ("json_schema", {}),

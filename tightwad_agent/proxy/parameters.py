@@ -121,16 +121,25 @@ def _sampling(fields: Fields) -> Sampling:
 def _grammar(fields: Fields) -> str:
     """Of `response_format`, as OpenAI and llama-server have it; empty for any text."""
     value = fields.take("response_format")
-    if value in (None, {}, {"type": "text"}):
+    if value is None:
         return ""
     if not isinstance(value, dict):
         raise fields.wrong("response_format", "an object", value)
     inner = Fields(value, "response_format.")
-    kind, named, schema = inner.take("type"), inner.take("json_schema"), inner.take("schema")
+    kind = inner.take("type")
+    if kind in (None, "text"):
+        inner.refuse_rest({})
+        return ""
+    named, schema = inner.take("json_schema"), inner.take("schema")
     inner.refuse_rest({})
     if kind not in ("json_object", "json_schema"):
         raise inner.wrong("type", "text, json_object or json_schema", kind)
     if named is not None:
+        if schema is not None:
+            raise BadField(
+                "`response_format.schema` and `response_format.json_schema` contradict each other",
+                param="response_format.schema",
+            )
         schema = _named_schema(inner, named)
     if schema is None:
         if kind == "json_schema":
