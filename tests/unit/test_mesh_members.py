@@ -102,6 +102,19 @@ def test_silence_is_suspected_after_two_and_a_half_seconds_and_fatal_after_four(
     assert "no sign of life" in rig.view(A).reason
 
 
+def test_a_heartbeat_that_heard_us_a_second_ago_shows_life_when_it_came() -> None:
+    rig = Rig(B)
+    rig.do(mb.LinkUp(A, 1))
+    for _ in range(3):
+        rig.run(1.0)
+        last = rig.now
+        rig.beat(A, heard_ago_s=0.95)
+    rig.run(last + 3.98 - rig.now)
+    assert rig.state(A) is State.SUSPECT
+    rig.run(0.05)
+    assert rig.state(A) is State.DEAD
+
+
 def test_any_message_is_a_sign_of_life() -> None:
     rig = Rig(A, B)
     rig.beating.remove(A)
@@ -237,9 +250,12 @@ def test_a_node_that_does_not_hear_us_is_suspected_although_it_speaks() -> None:
     rig = Rig(B)
     rig.do(mb.LinkUp(A, 1))
     start = rig.now
-    while rig.now < start + 4.5:
-        rig.run(0.5)
+    while rig.now < start + 5.0:
+        rig.run(0.1)
         rig.beat(A, heard_ago_s=rig.now - start)
+        if not 2.75 < rig.now - start < 2.85:
+            assert rig.state(A) is (State.ALIVE if rig.now < start + 2.8 else State.SUSPECT)
+    rig.run(0.5)
     assert rig.state(A) is State.DEAD
 
 

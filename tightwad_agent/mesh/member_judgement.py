@@ -57,8 +57,9 @@ class Judgement:
         return min(peer.heard, peer.echo + self._t.echo_slack_s)
 
     def evidence(self, peer: Peer) -> float:
-        """When it last lived, as far as anybody could tell."""
-        return max(self.contact(peer), peer.indirect)
+        """When it last lived, as far as anybody could tell: its last message, though a heartbeat passes between
+        what it heard of us and the telling."""
+        return max(min(peer.heard, peer.echo + self._t.echo_slack_s + self._t.heartbeat_s), peer.indirect)
 
     def in_contact(self, peer: Peer, now: float) -> bool:
         return peer.linked and now - self.contact(peer) < self._t.suspect_s
