@@ -275,6 +275,10 @@ class NotReady(TightwadError):
         self.retry_after_s = retry_after_s
 
 
+class NotBegun(NotReady):
+    """The engine was lost or full before it began with a request, which may have waited long for its turn."""
+
+
 class Unauthorized(TightwadError):
     """A request from another machine without the cluster's API key."""
 

@@ -14,11 +14,13 @@ pytestmark = [pytest.mark.netns, pytest.mark.engine, pytest.mark.slow, pytest.ma
 
 SEED = 4
 MINUTES = 2.0
+CLIENTS = 2
+"""At each node; together more than the engine has slots, so that requests wait for their turn, too."""
 
 
 @pytest.fixture(scope="module")
 def found(engine_dir: Path, demo_model: Path) -> dict[str, Any]:
-    return soak(engine_dir, demo_model, minutes=MINUTES, seed=SEED, n_agents=3, clients=1, n_prompts=3)
+    return soak(engine_dir, demo_model, minutes=MINUTES, seed=SEED, n_agents=3, clients=CLIENTS, n_prompts=3)
 
 
 def test_no_request_fails_but_at_a_killed_nodes_own_port(found: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tightwad_agent.errors import ContextOverflow, PeerGone, PeerRefused, PeerUnreachable
+from tightwad_agent.errors import ContextOverflow, NotBegun, PeerGone, PeerRefused, PeerUnreachable
 from tightwad_agent.proxy import relay as relay_module
 from tightwad_agent.proxy.app import App
 from tightwad_agent.proxy.client import Answer, ask
@@ -321,6 +321,30 @@ async def test_the_verifier_there_is_lost(inner):
     answer = await rig.post(CHAT, {"messages": HELLO, "stream": True})
     assert seen(answer)[-1] == "done"
     assert rig.generator.asked[1].said == tuple(SAYS[:12])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("here", [True, False])
+async def test_one_that_waits_for_its_turn_outlives_any_number_of_verifiers(nursery, autojump_clock, stream, here):
+    """It had no part in what they died of, and its wait is not one for an engine."""
+    lost = [NotBegun("the machine is gone")]
+    left = [lambda _: [130.0, *lost], *[lambda _: lost] * 5, lambda _: fake_chunks(SAYS, 4)]
+    rig = Rig(nursery, FakeGenerator(in_turn(left)))
+    if here:
+        rig.front.where = rig.behind.where
+    answer = await rig.post(TEXT, {"prompt": "x", "stream": stream})
+    assert len(rig.generator.asked) == 7
+    assert answer.status == 200
+    assert (seen(answer)[-1] == "done") == stream
+
+
+async def test_an_answer_that_has_begun_waits_for_its_turn_again(nursery, autojump_clock):
+    chunks, lost = fake_chunks(SAYS, 4), [NotBegun("the machine is gone")]
+    left = [lambda _: lost, lambda _: [*chunks[:3], GONE], lambda _: lost, lambda _: chunks]
+    rig = Rig(nursery, FakeGenerator(in_turn(left)))
+    answer = await rig.post(TEXT, {"prompt": "x", "stream": True})
+    assert seen(answer)[-1] == "done"
+    assert [asked.said for asked in rig.generator.asked] == [(), (), tuple(SAYS[:12]), tuple(SAYS[:12])]
 
 
 async def test_a_node_of_the_version_before(inner):

@@ -14,6 +14,7 @@ from tightwad_agent.engine.questions import Questions
 from tightwad_agent.engine.watchdog import Progress
 from tightwad_agent.errors import (
     ContextOverflow,
+    NotBegun,
     NotReady,
     ProtocolError,
     RequestTooLarge,
@@ -131,13 +132,13 @@ class VerifierClient:
         said: Sequence[int] = (),
         deliver: Deliver,
     ) -> OpenRequest:
-        """Raises `NotReady` if the verifier is lost or holds too many requests, `ContextOverflow` or `UsageError` for
+        """Raises `NotBegun` if the verifier is lost or holds too many requests, `ContextOverflow` or `UsageError` for
         what it would not read."""
         self._check_loaded()
         if not self.alive:
-            raise NotReady(self._lost)
+            raise NotBegun(self._lost)
         if len(self._requests) >= self._max_requests:
-            raise NotReady(f"{len(self._requests)} requests are open already")
+            raise NotBegun(f"{len(self._requests)} requests are open already")
         if len(prompt) + len(said) > MAX_TOKENS:
             raise ContextOverflow(f"a prompt of {len(prompt) + len(said)} tokens; {self.info.context} are served")
         try:

@@ -39,8 +39,9 @@ class Book:
         self._n_at_loss = 0
 
     def begin(self, began: Began) -> None:
-        """An engine begins, or goes on: the first one's word stays."""
-        self._began = self._began or began
+        """An engine begins, or goes on: the word of the first that made something stays."""
+        if self._began is None or not self._choices:
+            self._began = began
 
     def add(self, said: Said, *, sent: bool) -> None:
         """More of a choice was made; `sent`: and something of it went to the client."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import trio
 
 from tightwad_agent import __version__
-from tightwad_agent.errors import ContextOverflow, PeerError, RequestTooLarge, TightwadError
+from tightwad_agent.errors import ContextOverflow, NotBegun, PeerError, RequestTooLarge, TightwadError
 from tightwad_agent.proxy.answers import Heading, Usage
 from tightwad_agent.proxy.chat_template import ChatTemplate
 from tightwad_agent.proxy.fields import HINT, BadField, parse_object
@@ -99,7 +99,7 @@ class Answerer:
         self, exchange: Exchange, path: str, body: bytes, served: Served, outlet: Outlet | None = None
     ) -> None:
         """Answers; what is generated goes into `outlet`. Raises a `TightwadError` while nothing was sent, a `PeerError`
-        whenever the verifier was lost; any other error becomes the stream's last event."""
+        whenever the verifier was lost, `NotBegun` where it could not begin; any other becomes the last event."""
         if path not in self._paths and path not in self._helpers:
             raise NotOnVerifier(f"`{path[:100]}` is not for the verifier, the engine that serves now", hint=HINT)
         if exchange.request.method != "POST":
@@ -169,7 +169,7 @@ class Answerer:
         await outlet.begin(began)
         try:
             await Run(served.generator, ask, sampling, sink, usages=usages, beside=[outlet.beat]).all(left)
-        except PeerError:
+        except (PeerError, NotBegun):
             raise
         except TightwadError as exc:
             if not outlet.started:

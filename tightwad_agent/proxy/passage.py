@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 
-from tightwad_agent.errors import PeerGone, TightwadError
+from tightwad_agent.errors import NotBegun, PeerGone, TightwadError
 from tightwad_agent.proxy.client import Answer
 from tightwad_agent.proxy.heads import Headers
 from tightwad_agent.proxy.http1 import Exchange
@@ -54,7 +54,8 @@ Receive = Callable[[], Awaitable[bytes]]
 
 
 class Passage:
-    """Passes one answer back. Raises a `PeerError` where its source broke off; `outlet` knows what can be done then."""
+    """Passes one answer back. Raises a `PeerError` where its source broke off, `NotBegun` where it never
+    began with what remains; `outlet` knows what can be done then."""
 
     def __init__(self, exchange: Exchange, outlet: ClientOutlet) -> None:
         self._exchange = exchange
@@ -99,7 +100,7 @@ class Passage:
 
     async def _broke(self, said: Broke) -> None:
         if said.lost:
-            raise PeerGone(said.message)
+            raise NotBegun(said.message) if said.code == NotBegun.code else PeerGone(said.message)
         raise Told(said)
 
     async def _stream(self, receive: Receive, headers: Headers) -> None:

@@ -55,7 +55,7 @@ class Verifier(Protocol):
         said: Sequence[int] = (),
         deliver: Callable[[VerifierEvent], None],
     ) -> VerifierRequest:
-        """As `wire.verify.Open`. Raises `NotReady` if the verifier is gone, or holds too many requests already."""
+        """As `wire.verify.Open`. Raises `NotBegun` if the verifier is gone, or holds too many requests already."""
         ...
 
 

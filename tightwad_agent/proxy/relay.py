@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from tightwad_agent.errors import NotReady, PeerError, PeerRefused, TightwadError
+from tightwad_agent.errors import NotBegun, NotReady, PeerError, PeerRefused, TightwadError
 from tightwad_agent.ids import NodeId
 from tightwad_agent.proxy.blame import Blame
 from tightwad_agent.proxy.book import Book
@@ -66,6 +66,8 @@ MAX_KEPT = 64 << 20
 """Bytes of all answers together that are kept so that they can go on."""
 SILENT_S = 6 * BEAT_S
 """A node that answers, and says nothing for so long, counts as lost."""
+QUEUED_S = 15.0
+"""Whoever is refused after so long waited for a turn, not for a connection."""
 MAX_REFUSAL = 1 << 20
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.5
@@ -153,6 +155,36 @@ class Outgoing:
         return self.method == "POST" and self.target.startswith("/v1/")
 
 
+class _Patience:
+    """How long one request still waits for an engine."""
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s, self._n_lost = hold_s, 0
+        self._pause_s, self._asked_at = FIRST_PAUSE_S, trio.current_time()
+        self._give_up_at = self._asked_at + hold_s
+
+    def asked(self) -> None:
+        self._asked_at = trio.current_time()
+
+    def lost(self) -> None:
+        """It may have run for long: what counts is the wait from now on."""
+        self._give_up_at, self._pause_s = trio.current_time() + self._hold_s, FIRST_PAUSE_S
+        self._n_lost += 1
+
+    def refused(self) -> None:
+        """The same where it waited for its turn."""
+        if trio.current_time() >= self._asked_at + QUEUED_S:
+            self.lost()
+
+    @property
+    def is_over(self) -> bool:
+        return self._n_lost >= MAX_RESUMED or trio.current_time() >= self._give_up_at
+
+    async def pause(self) -> None:
+        await trio.sleep(self._pause_s)
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+
+
 class Relay:
     """Runs requests. `hold_s`: how long one waits for a route before it is refused, or given up. `paused` is told of
     each pause of an answer whose engine was lost, in seconds, when it goes on."""
@@ -201,10 +233,10 @@ class Relay:
 
     async def _until_answered(self, exchange: Exchange, out: Outgoing, outlet: ClientOutlet) -> TightwadError | None:
         """Tries until there is an answer; the error that remains where there is none."""
-        blame, n_resumed, pause_s = Blame(), 0, FIRST_PAUSE_S
-        give_up_at = trio.current_time() + self._hold_s
+        blame, patience = Blame(), _Patience(self._hold_s)
         while True:
             route = self._cluster.route()
+            patience.asked()
             if not isinstance(route, Unavailable):
                 blame.tried(self._cluster.membership())
             try:
@@ -215,10 +247,9 @@ class Relay:
                     return _final(exc, outlet)
                 problem: TightwadError = exc
             except Lost as exc:
-                # the request may have run for long: what counts is the wait from now on
-                give_up_at, pause_s = trio.current_time() + self._hold_s, FIRST_PAUSE_S
+                patience.lost()
                 blame.lost(got_on=outlet.lost())
-                n_resumed, outlet.troubled, problem = n_resumed + 1, True, exc
+                outlet.troubled, problem = True, exc
                 if outlet.complete:
                     await outlet.finish(STREAM)
                     return None
@@ -227,15 +258,14 @@ class Relay:
                 logger.info("a request got lost and goes on elsewhere: %s", exc.message)
             except (Elsewhere, PeerError) as exc:
                 outlet.troubled, problem = True, exc
+                patience.refused()
             except TightwadError as exc:
                 return exc
             else:
                 return None
-            given_up = blame.n >= MAX_LOST or n_resumed >= MAX_RESUMED or trio.current_time() >= give_up_at
-            if given_up or not outlet.can_go_on:
+            if blame.n >= MAX_LOST or patience.is_over or not outlet.can_go_on:
                 return _final(problem, outlet)
-            await trio.sleep(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+            await patience.pause()
 
     async def _attempt(self, exchange: Exchange, out: Outgoing, outlet: ClientOutlet, route: Route) -> None:
         """One try. Raises `Lost` where the request was on its way, another error where it never was."""
@@ -330,6 +360,8 @@ class Relay:
             silent_s = SILENT_S if answer.header(b"content-type") == CONTENT_TYPE else math.inf
             receive = partial(self._while_alive, route, partial(answer.receive, deadline_s=silent_s))
             await Passage(exchange, outlet).run(answer, receive, _NOT_RETURNED)
+        except NotBegun as exc:
+            raise Elsewhere(exc.message) from None
         except PeerError as exc:
             raise Lost(f"the server went away: {exc.message}") from None
 
