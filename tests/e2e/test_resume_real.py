@@ -182,6 +182,20 @@ def test_killed_again_and_again(lab: Lab, serving: Agent) -> None:
     assert told(stream.finish()) == told(whole)
 
 
+def test_those_that_wait_for_their_turn_outlive_the_verifier(lab: Lab, serving: Agent) -> None:
+    asked = next(agent for agent in lab.agents if agent is not serving)
+    body = {**GREEDY, "stream_options": {"include_usage": True}}
+    streams = [Stream(asked, TEXT, body) for _ in range(7)]
+    until(lambda: sum(len(stream.events) > 3 for stream in streams) >= 4)
+    assert not all(stream.events for stream in streams), "nobody waits"
+    kill_engine(serving)
+    for stream in streams:
+        events = stream.finish()
+        assert len({(event["id"], event["created"]) for event in events}) == 1
+        assert events[-1]["usage"]["completion_tokens"] == N
+        assert told(events)[0]["ends"] == ["length"]
+
+
 @pytest.mark.parametrize("case", ["greedy", "seeded", "logprobs", "two answers"])
 def test_a_whole_answer_whose_verifier_is_killed(lab: Lab, serving: Agent, case: str) -> None:
     asked = lab.agents[1]

@@ -1,4 +1,4 @@
-"""A short `scripts/soak`: three real agents, two minutes of kills, stalls and cuts, and no request lost."""
+"""A short `scripts/soak`: three real agents, five minutes of kills, stalls and cuts, and no request lost."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from failover_ask import Asked
 from failover_bench import Prompt
 from soak import report, soak
 
-pytestmark = [pytest.mark.netns, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.netns, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SEED = 4
-MINUTES = 2.0
+MINUTES = 5.0
 CLIENTS = 2
 """At each node; together more than the engine has slots, so that requests wait for their turn, too."""
 
