@@ -472,6 +472,25 @@ class TestWaiting:
         answer = await rig.post(*request("offsets", stream=True))
         assert b"no address of it" in answer.text.split(b"\n\n")[-2]
 
+    @pytest.mark.parametrize("dies", [True, False])
+    async def test_a_machine_whose_death_is_known_a_moment_later_excuses_the_last_loss(
+        self, nursery, autojump_clock, dies
+    ):
+        left = [lambda _: [GONE]] * 3 + [lambda _: fake_chunks(SAYS, 4)]
+        generator = FakeGenerator(in_turn(left))
+        cluster = FakeCluster(where=Own(generator))
+
+        async def die() -> None:
+            while len(generator.asked) < 3:
+                await trio.sleep(0.01)
+            await trio.sleep(0.3)
+            cluster.dead.add(node_id("worker"))
+
+        if dies:
+            nursery.start_soon(die)
+        answer = await post(nursery, App(cluster, admin_key=lambda: "admin"), TEXT, {"prompt": "x"})
+        assert (answer.status, len(generator.asked)) == ((200, 4) if dies else (503, 3))
+
 
 class TestEntries:
     """Another node's journal, entry by entry."""

@@ -39,6 +39,19 @@ def test_who_came_while_all_was_well_excuses_nothing() -> None:
     assert blame.n == 1
 
 
+def test_a_death_may_be_known_after_the_next_try() -> None:
+    blame = Blame()
+    blame.tried("abc")
+    blame.lost(got_on=False)
+    blame.tried("abc")
+    assert blame.n == 1
+    blame.tried("ab")
+    assert blame.n == 0
+    blame.lost(got_on=False)
+    blame.tried("ab")
+    assert blame.n == 1
+
+
 def test_nothing_is_forgiven_twice() -> None:
     blame = Blame()
     blame.tried("abc")

@@ -8,8 +8,8 @@ from collections.abc import Hashable
 class Blame:
     """Counts how often a request lost its server without getting on: `n`.
 
-    Where the `membership` is another when it is tried next, a machine died or another node coordinates, and the loss
-    was none of the request's doing.
+    Where the `membership` becomes another before the next loss, a machine died or another node coordinates, and the
+    loss was none of the request's doing. That a machine died is often known only after the loss.
     """
 
     def __init__(self) -> None:
@@ -18,10 +18,13 @@ class Blame:
         self._is_open = False
 
     def tried(self, membership: Hashable) -> None:
-        """It is about to be sent; `membership` is what it is now."""
-        if self._is_open and membership != self._before:
+        """It is about to be sent, or judged; `membership` is what it is now."""
+        if self._is_open:
+            if membership == self._before:
+                return
             self.n -= 1
-        self._before, self._is_open = membership, False
+            self._is_open = False
+        self._before = membership
 
     def lost(self, *, got_on: bool) -> None:
         """Its server is gone; `got_on`: it had brought more of the answer."""

@@ -60,6 +60,8 @@ HOLD_S = 120.0
 MAX_LOST = 3
 """A request that took its server with it this often, without getting on, is not sent again: it may be the cause. It
 is not where a machine died meanwhile, or another coordinates now."""
+DEATH_KNOWN_S = 1.0
+"""So long after a loss it is known whether the machine is dead."""
 MAX_RESUMED = 64
 """However much it gets on."""
 MAX_KEPT = 64 << 20
@@ -263,9 +265,16 @@ class Relay:
                 return exc
             else:
                 return None
-            if blame.n >= MAX_LOST or patience.is_over or not outlet.can_go_on:
+            if await self._is_to_blame(blame) or patience.is_over or not outlet.can_go_on:
                 return _final(problem, outlet)
             await patience.pause()
+
+    async def _is_to_blame(self, blame: Blame) -> bool:
+        """Whether the request may be what its servers died of."""
+        if blame.n >= MAX_LOST:
+            await trio.sleep(DEATH_KNOWN_S)
+            blame.tried(self._cluster.membership())
+        return blame.n >= MAX_LOST
 
     async def _attempt(self, exchange: Exchange, out: Outgoing, outlet: ClientOutlet, route: Route) -> None:
         """One try. Raises `Lost` where the request was on its way, another error where it never was."""
