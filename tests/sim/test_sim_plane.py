@@ -66,6 +66,11 @@ def test_loss_jitter_and_stalls_kill_nobody_in_a_calm_week() -> None:
         assert steady(seed, 600.0).deaths == []
 
 
+def test_a_follower_that_stalled_looks_for_the_others_before_it_claims() -> None:
+    """It wakes, all its links break, and of its coordinator it hears first that the process is gone."""
+    assert run(3517).n_checked
+
+
 @pytest.mark.parametrize(("seed", "at_s"), [(8, 868.9), (538, 1773.7), (11556, 174.3)])
 def test_stalls_one_on_another_kill_nobody(seed: int, at_s: float) -> None:
     """A node stalls again within half a second after it woke; one stalls with the machine that could vouch for it,

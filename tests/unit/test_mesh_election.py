@@ -103,6 +103,31 @@ def test_the_best_asks_everybody_first() -> None:
     assert el.Persist(Epoch(8, ME)) in effects
 
 
+def test_where_nobody_can_be_asked_the_suspects_get_time_to_return() -> None:
+    rig = Rig(candidate(A, klass=2), candidate(B, klass=0))
+    rig.hear(A, claim(3, A))
+    rig.run(5.0)
+    alone = candidate(B, klass=0, linked=False, suspect=True)
+    assert of(el.Announce, rig.see(alone)) == []  # A is dead, and B's link has just broken
+    assert of(el.Announce, rig.run(0.3)) == []
+    effects = rig.see(candidate(B, klass=0))
+    assert of(el.AskPreCheck, effects) == [el.AskPreCheck(B, 1)]
+    rig.do(el.PreCheckAnswered(B, 1, claim(4, B)))
+    assert rig.election.coordinator == B
+
+
+@pytest.mark.parametrize(("suspect", "waits_s"), [(True, el.LAN.precheck_s), (False, 0.0)])
+def test_nobody_waits_for_suspects_for_long_nor_for_the_dead(suspect: bool, waits_s: float) -> None:
+    rig = Rig(candidate(A, klass=2), candidate(B, klass=0))
+    rig.hear(A, claim(3, A))
+    rig.run(5.0)
+    left = (candidate(B, klass=0, linked=False, suspect=True),) if suspect else ()
+    effects, began = rig.see(*left), rig.now
+    while not of(el.Announce, effects):
+        effects = rig.run(0.05)
+    assert rig.now - began == pytest.approx(waits_s, abs=0.06)
+
+
 def test_who_does_not_answer_is_asked_again_and_cannot_hold_it_up() -> None:
     rig = Rig(candidate(A, klass=0))
     effects = rig.run(1.0 + el.LAN.precheck_s + 0.01)
@@ -112,7 +137,9 @@ def test_who_does_not_answer_is_asked_again_and_cannot_hold_it_up() -> None:
 
 def test_a_suspect_is_not_asked() -> None:
     rig = Rig(candidate(A, klass=0, suspect=True), candidate(B, klass=0, linked=False))
-    assert of(el.Announce, rig.run(1.01))
+    effects = rig.run(1.01 + el.LAN.precheck_s)
+    assert of(el.AskPreCheck, effects) == []
+    assert of(el.Announce, effects)
 
 
 def test_somebody_who_sees_a_coordinator_stops_the_claim() -> None:

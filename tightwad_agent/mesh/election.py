@@ -396,7 +396,7 @@ class Election:
             if now < starts:
                 return
             self._pre_check(now)
-        if not self._waiting or now >= self._round_ends:
+        if now >= self._round_ends or not (self._waiting or self._may_return()):
             self._claim("no coordinator was in sight")
         elif now >= self._ask_again_at:
             self._ask(now)
@@ -410,6 +410,10 @@ class Election:
 
     def _askable(self) -> set[NodeId]:
         return {c.node for c in self._living.values() if c.linked and not c.suspect and c.node != self.me}
+
+    def _may_return(self) -> bool:
+        """Nobody could be asked, and somebody is suspect: its link may just be broken, after a stall of ours maybe."""
+        return not self._asked and any(c.suspect for c in self._living.values() if c.node != self.me)
 
     def _ask(self, now: float) -> None:
         self._ask_again_at = now + self._t.ask_again_s
