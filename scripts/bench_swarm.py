@@ -25,7 +25,6 @@ import json
 import os
 import random
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -292,23 +291,10 @@ def synthetic(path: Path, size: int, *, seed: int = 1) -> Path:
     n = max(1, size // TENSOR_BYTES)
     dice = random.Random(seed)
     with path.open("wb") as file:
-        file.write(gguf_header(n))
+        file.write(swarm_memory.gguf_header(n, TENSOR_BYTES))
         for _ in range(n):
             file.write(dice.randbytes(TENSOR_BYTES))
     return path
-
-
-def gguf_header(n: int, tensor_bytes: int = TENSOR_BYTES) -> bytes:
-    """Of `n` tensors of F32, one after the other; padded to where the first begins."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    head = b"GGUF" + struct.pack("<IQQ", 3, n, 1)
-    head += text("general.architecture") + struct.pack("<I", 8) + text("llama")
-    for i in range(n):
-        head += text(f"blk.{i}.w") + struct.pack("<IQIQ", 1, tensor_bytes // 4, 0, i * tensor_bytes)
-    return head + bytes(-len(head) % 32)
 
 
 def given() -> Path:

@@ -86,10 +86,21 @@ def _watch(nodes: Nodes, model: str, seconds: float, enough: int) -> int:
     return done
 
 
+def gguf_header(n: int, tensor_bytes: int) -> bytes:
+    """Of `n` tensors of F32, one after the other; padded to where the first begins."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, n, 1)
+    head += text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    for i in range(n):
+        head += text(f"blk.{i}.w") + struct.pack("<IQIQ", 1, tensor_bytes // 4, 0, i * tensor_bytes)
+    return head + bytes(-len(head) % 32)
+
+
 def sparse_gguf(path: Path, n: int) -> Path:
     """`n` tensors of a piece each, all zeros but for the number of the tensor in front."""
-    from bench_swarm import gguf_header
-
     head = gguf_header(n, PIECE)
     with path.open("wb") as file:
         file.write(head)
