@@ -195,6 +195,12 @@ class PeerGone(PeerError):
     code = "peer_gone"
 
 
+class EngineStopped(PeerGone):
+    """An engine was ended from outside, for a new plan or because another machine is gone: no request's doing."""
+
+    code = "engine_stopped"
+
+
 class PeerSilent(PeerError):
     """The peer did not answer before the deadline."""
 

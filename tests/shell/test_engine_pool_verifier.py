@@ -18,7 +18,7 @@ from tightwad_agent.engine.pool import PoolPhase, PoolService
 from tightwad_agent.engine.restart import RestartPolicy
 from tightwad_agent.engine.target import PoolLimits
 from tightwad_agent.engine.verifying import VerifierClient
-from tightwad_agent.errors import NotReady, PeerGone
+from tightwad_agent.errors import EngineStopped, NotReady, PeerGone
 from tightwad_agent.wire.verify import GREEDY, Accepted, Ended, unpack_tokens
 
 
@@ -244,7 +244,12 @@ async def test_a_lost_worker_is_told_to_the_requests_at_once(rig: Rig) -> None:
     os.kill(worker.pid, signal.SIGKILL)
     await until(lambda: bool(inbox.events))
     assert inbox.events[0].message == f"{worker.id.short}: the connection to its worker ended"
-    await ready(pool, other_than=verifier)
+    assert type(inbox.events[0]) is PeerGone  # a request may have done that
+    again, inbox = await ready(pool, other_than=verifier), Inbox()
+    again.open([1], GREEDY, max_tokens=5, deliver=inbox)
+    pool.worker_lost(worker.id, "no heartbeat")
+    await until(lambda: bool(inbox.events))
+    assert type(inbox.events[0]) is EngineStopped
 
 
 async def test_another_target_ends_its_requests(rig: Rig) -> None:
@@ -255,7 +260,7 @@ async def test_another_target_ends_its_requests(rig: Rig) -> None:
     await inbox.tokens(1)
     pool.set_target(rig.spec())
     await until(lambda: pool.state.port is not None)
-    assert [type(event) for event in inbox.events] == [Accepted, PeerGone]
+    assert [type(event) for event in inbox.events] == [Accepted, EngineStopped]
     assert pool.state.engine == "llama-server"
     assert verifiers() == []
 
@@ -342,5 +347,5 @@ async def test_cancelled_in_each_phase_nothing_is_left(tmp_path: Path, when: str
                 pool.state.verifier.open([1], GREEDY, max_tokens=5, deliver=inbox)
             nursery.cancel_scope.cancel()
     assert children() == []
-    assert [type(event) for event in inbox.events] == ([PeerGone] if when == "serving" else [])
+    assert [type(event) for event in inbox.events] == ([EngineStopped] if when == "serving" else [])
     assert len(os.listdir("/proc/self/fd")) <= n_fds + 3  # trio's own

@@ -14,7 +14,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tightwad_agent.errors import ContextOverflow, NotBegun, PeerGone, PeerRefused, PeerUnreachable
+from tightwad_agent.errors import ContextOverflow, EngineStopped, NotBegun, PeerGone, PeerRefused, PeerUnreachable
 from tightwad_agent.proxy import relay as relay_module
 from tightwad_agent.proxy.app import App
 from tightwad_agent.proxy.client import Answer, ask
@@ -338,6 +338,18 @@ async def test_one_that_waits_for_its_turn_outlives_any_number_of_verifiers(nurs
     assert (seen(answer)[-1] == "done") == stream
 
 
+@pytest.mark.parametrize("here", [True, False])
+async def test_an_engine_that_was_ended_from_outside_is_not_the_request_s_doing(inner, here):
+    ended = EngineStopped("a machine is gone")
+    left = [*[lambda _: [ended]] * 3, lambda _: [GONE], *[lambda _: [ended]] * 3, lambda _: fake_chunks(SAYS, 4)]
+    rig = Rig(inner, FakeGenerator(in_turn(left)))
+    if here:
+        rig.front.where = rig.behind.where
+    answer = await rig.post(TEXT, {"prompt": "x", "stream": True})
+    assert seen(answer)[-1] == "done"
+    assert len(rig.generator.asked) == 8
+
+
 async def test_an_answer_that_has_begun_waits_for_its_turn_again(nursery, autojump_clock):
     chunks, lost = fake_chunks(SAYS, 4), [NotBegun("the machine is gone")]
     left = [lambda _: lost, lambda _: [*chunks[:3], GONE], lambda _: lost, lambda _: chunks]
@@ -476,12 +488,12 @@ class TestWaiting:
     async def test_a_machine_whose_death_is_known_a_moment_later_excuses_the_last_loss(
         self, nursery, autojump_clock, dies
     ):
-        left = [lambda _: [GONE]] * 3 + [lambda _: fake_chunks(SAYS, 4)]
+        left = [lambda _: [GONE]] * 4 + [lambda _: fake_chunks(SAYS, 4)]
         generator = FakeGenerator(in_turn(left))
         cluster = FakeCluster(where=Own(generator))
 
         async def die() -> None:
-            while len(generator.asked) < 3:
+            while len(generator.asked) < 4:
                 await trio.sleep(0.01)
             await trio.sleep(0.3)
             cluster.dead.add(node_id("worker"))
@@ -489,7 +501,7 @@ class TestWaiting:
         if dies:
             nursery.start_soon(die)
         answer = await post(nursery, App(cluster, admin_key=lambda: "admin"), TEXT, {"prompt": "x"})
-        assert (answer.status, len(generator.asked)) == ((200, 4) if dies else (503, 3))
+        assert (answer.status, len(generator.asked)) == ((200, 5) if dies else (503, 4))
 
 
 class TestEntries:

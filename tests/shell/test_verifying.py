@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 import tightwad_agent
 from tightwad_agent.engine.by_verifier import command
 from tightwad_agent.engine.verifying import VerifierClient
-from tightwad_agent.errors import ContextOverflow, NotReady, PeerGone, PeerSilent, RequestTooLarge, UsageError
+from tightwad_agent.errors import (
+    ContextOverflow,
+    EngineStopped,
+    NotReady,
+    PeerGone,
+    PeerSilent,
+    RequestTooLarge,
+    UsageError,
+)
 from tightwad_agent.wire.frames import FrameDecoder, encode
 from tightwad_agent.wire.verify import (
     FROM_VERIFIER,
@@ -407,16 +415,27 @@ async def test_cancellation_tells_the_requests(lab: Lab) -> None:
     lab.scope.cancel()
     await lab.lost()
     assert [event.message for event in lab.events] == ["the verifier was stopped"]
+    assert isinstance(lab.events[0], EngineStopped)
     assert not lab.client.broken
 
 
-async def test_the_loss_that_others_saw_is_what_requests_are_told(lab: Lab) -> None:
+@pytest.mark.parametrize("error", [PeerGone, EngineStopped])
+async def test_the_loss_that_others_saw_is_what_requests_are_told(
+    lab: Lab, nursery: trio.Nursery, error: type[PeerGone]
+) -> None:
+    async def ask() -> None:
+        with pytest.raises(PeerGone) as info:
+            await lab.client.tokenize(b"x")
+        assert type(info.value) is error
+
+    nursery.start_soon(ask)
+    await trio.testing.wait_all_tasks_blocked()
     lab.open()
-    lab.client.lose("worker w is gone")
+    lab.client.lose("worker w is gone", error)
     assert not lab.client.alive
     assert lab.events == []  # never from within a call
     await lab.lost()
-    assert [event.message for event in lab.events] == ["worker w is gone"]
+    assert [(type(event), event.message) for event in lab.events] == [(error, "worker w is gone")]
 
 
 BROKEN: list[tuple[str, Any]] = [

@@ -52,6 +52,28 @@ def test_a_death_may_be_known_after_the_next_try() -> None:
     assert blame.n == 1
 
 
+def test_what_came_from_outside_is_not_counted_and_leaves_an_earlier_loss_open() -> None:
+    blame = Blame()
+    for from_outside in (True, False, True):
+        blame.tried("abc")
+        blame.lost(got_on=False, from_outside=from_outside)
+    assert blame.n == 1
+    blame.tried("ab")
+    assert blame.n == 0
+    blame.tried("a")
+    assert blame.n == 0
+
+
+def test_getting_on_before_an_end_from_outside_leaves_nothing_to_forgive() -> None:
+    blame = Blame()
+    blame.tried("abc")
+    blame.lost(got_on=False)
+    blame.tried("abc")
+    blame.lost(got_on=True, from_outside=True)
+    blame.tried("ab")
+    assert blame.n == 0
+
+
 def test_nothing_is_forgiven_twice() -> None:
     blame = Blame()
     blame.tried("abc")

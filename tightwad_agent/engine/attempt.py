@@ -53,7 +53,7 @@ class Attempt:
             self._report.going(loss)
             if self._job.child is not None:
                 self._job.child.grace_s = 0  # what it computes is lost anyway
-            self._job.ending(loss.words)
+            self._job.ending(loss)
             self.scope.cancel()
 
     async def run(self) -> Loss:

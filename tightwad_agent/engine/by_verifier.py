@@ -19,6 +19,7 @@ from tightwad_agent.engine.serving import Job, await_frozen, exit_reason, until_
 from tightwad_agent.engine.target import Loss, ServedBy
 from tightwad_agent.engine.verifying import VerifierClient
 from tightwad_agent.engine.watchdog import watch
+from tightwad_agent.errors import EngineStopped, PeerGone
 from tightwad_agent.ids import NodeId
 from tightwad_agent.units import size
 from tightwad_agent.wire.verify import Refused
@@ -37,7 +38,7 @@ async def serve(job: Job) -> str:
     reason: llama-server may still be able to."""
     ours, theirs = socket.socketpair()
     client = VerifierClient(ours, call_s=job.tools.stall_s)
-    job.ending = client.lose
+    job.ending = lambda loss: client.lose(loss.words, EngineStopped if loss.from_outside else PeerGone)
     with theirs, closing(client):
         fd, grace_s = theirs.fileno(), job.tools.limits.grace_s
         argv = job.tools.verifier(fd)

@@ -64,11 +64,11 @@ class OpenRequest:
         self.waits = not (self._is_over or self.prompted)
         self._deliver(message)
 
-    def lose(self, reason: str) -> None:
+    def lose(self, error: PeerGone) -> None:
         """The verifier is gone."""
         if not self._is_over:
             self._is_over, self.waits = True, False
-            self._deliver(PeerGone(reason))
+            self._deliver(error)
 
 
 def _check(message: Accepted, end: int) -> None:

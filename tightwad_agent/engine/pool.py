@@ -164,7 +164,7 @@ class PoolService:
         """The mesh has lost a machine. Nothing happens if it has no part in what runs."""
         attempt = self._attempt
         if attempt is not None and any(use.node == node for use in attempt.spec.plan.workers):
-            attempt.lose(Loss(node, reason))
+            attempt.lose(Loss(node, reason, from_outside=True))
 
     @property
     def pid(self) -> int | None:

@@ -28,6 +28,7 @@ class Questions:
         self._open: dict[int, _Question] = {}
         self._n_asked = 0
         self._lost = ""
+        self._error = PeerGone
 
     def __len__(self) -> int:
         return len(self._open)
@@ -42,7 +43,7 @@ class Questions:
     async def ask(self, kind: type, message: Callable[[int], Any]) -> Any:
         """The answer. Raises `PeerGone`, `PeerSilent`, and `NotReady` when too much is asked at once."""
         if self._lost:
-            raise PeerGone(self._lost)
+            raise self._error(self._lost)
         if len(self._open) >= self._most:
             raise NotReady(f"{len(self._open)} questions are open already")
         question = self.put(kind, message)
@@ -51,7 +52,7 @@ class Questions:
         if question.answer is not None:
             return question.answer
         if self._lost:
-            raise PeerGone(self._lost)
+            raise self._error(self._lost)
         raise PeerSilent(f"no answer within {self._deadline_s:g} s")
 
     def answer(self, number: int, message: Any) -> None:
@@ -62,9 +63,9 @@ class Questions:
         question.answer = message
         question.settled.set()
 
-    def close(self, reason: str) -> None:
-        """Whoever waits gets `PeerGone`."""
-        self._lost = reason
+    def close(self, reason: str, error: type[PeerGone] = PeerGone) -> None:
+        """Whoever waits, or asks from now on, gets `error`."""
+        self._lost, self._error = reason, error
         for question in self._open.values():
             question.settled.set()
         self._open.clear()

@@ -30,7 +30,7 @@ class Job:
     report: Report
     lose: Callable[[Loss], None]
     child: Child | None = None
-    ending: Callable[[str], None] = lambda _reason: None
+    ending: Callable[[Loss], None] = lambda _loss: None
 
     def options(self, port: int = 0) -> ServerOptions:
         plan = self.spec.plan
@@ -88,7 +88,7 @@ async def until_loaded(
 async def await_frozen(job: Job, child: Child) -> None:
     """The job is lost once its program has been stopped for a while."""
     await frozen(child.pid, job.tools.limits.frozen_s)
-    job.lose(Loss(None, f"{job.spec.served_by.words} was stopped (SIGSTOP) and did not go on"))
+    job.lose(Loss(None, f"{job.spec.served_by.words} was stopped (SIGSTOP) and did not go on", from_outside=True))
 
 
 def exit_reason(child: Child, code: int, what: str, *, pooled: bool) -> str:

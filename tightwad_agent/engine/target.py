@@ -52,12 +52,13 @@ class TargetSpec:
 class Loss:
     """Why a target went down. `node`: the machine it is about, if one. `excluded`: that machine (without one: this
     plan) does not fit, and the same plan must not be tried again. `crash`: the fault of the program that served, which
-    counts towards giving up."""
+    counts towards giving up. `from_outside`: no request can have caused it."""
 
     node: NodeId | None
     reason: str
     excluded: bool = False
     crash: bool = False
+    from_outside: bool = False
 
     @property
     def words(self) -> str:

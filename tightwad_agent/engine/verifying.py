@@ -14,8 +14,10 @@ from tightwad_agent.engine.questions import Questions
 from tightwad_agent.engine.watchdog import Progress
 from tightwad_agent.errors import (
     ContextOverflow,
+    EngineStopped,
     NotBegun,
     NotReady,
+    PeerGone,
     ProtocolError,
     RequestTooLarge,
     UsageError,
@@ -77,6 +79,7 @@ class VerifierClient:
         self._n_opened = 0
         self._n_events = 0
         self._lost = ""
+        self._error = PeerGone
         self._scope = trio.CancelScope()
         self._settled = trio.Event()
 
@@ -175,22 +178,22 @@ class VerifierClient:
             self.close()
         return self._lost
 
-    def lose(self, reason: str) -> None:
-        """It counts as lost from now on; those who wait are told by `run`."""
+    def lose(self, reason: str, error: type[PeerGone] = PeerGone) -> None:
+        """It counts as lost from now on; those who wait are told by `run`, with `error`."""
         if not self._lost:
-            self._lost = reason
+            self._lost, self._error = reason, error
             self._scope.cancel()
 
     def close(self) -> None:
         """Idempotent. Whoever still waits is told."""
-        self.lose("the verifier was stopped")
+        self.lose("the verifier was stopped", EngineStopped)
         self._frames.close()
         self._settled.set()
         self.ended.set()
-        self._questions.close(self._lost)
+        self._questions.close(self._lost, self._error)
         requests, self._requests = self._requests, {}
         for request in requests.values():
-            request.lose(self._lost)
+            request.lose(self._error(self._lost))
 
     def send(self, message: object) -> None:
         """A message that is sure to be readable. Nothing once the verifier is gone."""

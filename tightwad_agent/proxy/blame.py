@@ -26,7 +26,10 @@ class Blame:
             self._is_open = False
         self._before = membership
 
-    def lost(self, *, got_on: bool) -> None:
-        """Its server is gone; `got_on`: it had brought more of the answer."""
-        self.n = 1 if got_on else self.n + 1
-        self._is_open = True
+    def lost(self, *, got_on: bool, from_outside: bool = False) -> None:
+        """Its server is gone; `got_on`: it had brought more of the answer; `from_outside`: known to be no request's
+        doing."""
+        if got_on:
+            self.n, self._is_open = 0, False
+        if not from_outside:
+            self.n, self._is_open = self.n + 1, True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 
-from tightwad_agent.errors import NotBegun, PeerGone, TightwadError
+from tightwad_agent.errors import EngineStopped, NotBegun, PeerGone, TightwadError
 from tightwad_agent.proxy.client import Answer
 from tightwad_agent.proxy.heads import Headers
 from tightwad_agent.proxy.http1 import Exchange
@@ -48,6 +48,8 @@ def passed_on(headers: Headers, dropped: frozenset[bytes]) -> list[tuple[bytes, 
     gone = HOP_BY_HOP | dropped | named
     return [(n, v) for n, v in headers if n not in gone]
 
+
+_LOSSES: dict[str, type[TightwadError]] = {kind.code: kind for kind in (NotBegun, EngineStopped)}
 
 Receive = Callable[[], Awaitable[bytes]]
 """The next part of an answer's body, empty at its end; raises a `PeerError` where it broke off."""
@@ -100,7 +102,7 @@ class Passage:
 
     async def _broke(self, said: Broke) -> None:
         if said.lost:
-            raise NotBegun(said.message) if said.code == NotBegun.code else PeerGone(said.message)
+            raise _LOSSES.get(said.code, PeerGone)(said.message)
         raise Told(said)
 
     async def _stream(self, receive: Receive, headers: Headers) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from tightwad_agent.errors import NotBegun, NotReady, PeerError, PeerRefused, TightwadError
+from tightwad_agent.errors import EngineStopped, NotBegun, NotReady, PeerError, PeerRefused, TightwadError
 from tightwad_agent.ids import NodeId
 from tightwad_agent.proxy.blame import Blame
 from tightwad_agent.proxy.book import Book
@@ -57,9 +57,10 @@ HTTP_SERVICE, RESUME_SERVICE = "http", "resume"
 """The mesh's services. A node that does not know the second cannot go on with an answer."""
 
 HOLD_S = 120.0
-MAX_LOST = 3
+MAX_LOST = 4
 """A request that took its server with it this often, without getting on, is not sent again: it may be the cause. It
-is not where a machine died meanwhile, or another coordinates now."""
+is not where the server was ended from outside, a machine died meanwhile, or another coordinates now. One less than
+what the pool calls a crash loop."""
 DEATH_KNOWN_S = 1.0
 """So long after a loss it is known whether the machine is dead."""
 MAX_RESUMED = 64
@@ -112,9 +113,17 @@ class Elsewhere(TightwadError):
 
 
 class Lost(PeerError):
-    """The server, or the way to it, went away before all of an answer came."""
+    """The server, or the way to it, went away before all of an answer came. `from_outside`: not by the request."""
 
     code = "upstream_lost"
+
+    def __init__(self, message: str, *, from_outside: bool = False) -> None:
+        super().__init__(message)
+        self.from_outside = from_outside
+
+    @classmethod
+    def of(cls, what: str, exc: PeerError) -> Lost:
+        return cls(f"{what} went away: {exc.message}", from_outside=isinstance(exc, EngineStopped))
 
 
 class Unfinished(TightwadError):
@@ -250,7 +259,7 @@ class Relay:
                 problem: TightwadError = exc
             except Lost as exc:
                 patience.lost()
-                blame.lost(got_on=outlet.lost())
+                blame.lost(got_on=outlet.lost(), from_outside=exc.from_outside)
                 outlet.troubled, problem = True, exc
                 if outlet.complete:
                     await outlet.finish(STREAM)
@@ -309,7 +318,7 @@ class Relay:
                 await self._answerer.run(exchange, path, out.body, Served(generator, model), journal or outlet)
             except PeerError as exc:
                 if journal is None or not journal.started:
-                    raise Lost(f"the verifier went away: {exc.message}") from None
+                    raise Lost.of("the verifier", exc) from None
                 await journal.broke(exc, lost=True)
             except NotReady as exc:
                 if journal is not None and journal.started:
@@ -372,7 +381,7 @@ class Relay:
         except NotBegun as exc:
             raise Elsewhere(exc.message) from None
         except PeerError as exc:
-            raise Lost(f"the server went away: {exc.message}") from None
+            raise Lost.of("the server", exc) from None
 
     async def _refused(self, answer: Answer, route: Local | Remote, *, troubled: bool) -> None:
         """Raises where the answer is not for the client: the engine may be there in a moment."""
