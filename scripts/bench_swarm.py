@@ -23,14 +23,13 @@ import argparse
 import importlib
 import json
 import os
-import random
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,9 +42,9 @@ import swarm_virtual
 from netlab import NetLab, NetLabError
 from rig import RigError
 from surroundings import Stolen, environment
+from swarm_bench import Bench, Options
 from swarm_decisions import decisions
-from swarm_lab import Children, Machine, Nodes, SwarmLabError, Transfer
-from swarm_table import Row
+from swarm_lab import Machine, SwarmLabError, Transfer
 
 from tightwad_agent.errors import TightwadError
 
@@ -57,56 +56,7 @@ SLACK = 8.0
 """A transfer may take so many times its bound, and `START_S` more, before it counts as broken."""
 START_S = 60.0
 FLOOD_BYTES = 1 << 30
-TENSOR_BYTES = 2 << 20
 MB = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What was asked for on the command line. `size` 0: the model of TIGHTWAD_TEST_F32; `mbit` each way."""
-
-    cases: tuple[str, ...]
-    leechers: tuple[int, ...]
-    repeats: int
-    mbit: float
-    size: int
-    peer: bool
-    turns: int
-    big_gb: int
-    big_s: float
-
-
-@dataclass
-class Bench:
-    """Where it runs, what is sent, and what came of it."""
-
-    options: Options
-    folder: Path
-    trace: Path | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    _model: Path | None = None
-
-    @property
-    def model(self) -> Path:
-        """The file that is sent; a synthetic one is made when it is first asked for."""
-        if self._model is None:
-            self._model = synthetic(self.folder / "model.gguf", self.options.size) if self.options.size else given()
-        return self._model
-
-    @contextmanager
-    def nodes(self, lab: NetLab | None, n_leechers: int, **how: Any) -> Iterator[Nodes]:
-        """A seed and leechers with nothing in their stores; all of it is gone afterwards."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder, Children(lab, Path(folder)) as children:
-            trace = self.trace and self.trace / str(len(self.samples))
-            if trace:
-                trace.mkdir(parents=True, exist_ok=True)
-            nodes = Nodes(children, n_leechers, trace=trace, **how)
-            nodes.start()
-            yield nodes
-
-    def keep(self, case: str, **facts: Any) -> None:
-        self.samples.append({"case": case, **facts})
 
 
 # The cases
@@ -284,24 +234,6 @@ def rated(n: int, mbit: float) -> Iterator[NetLab]:
         for node in lab.nodes:
             lab.set_rate(node, mbit)
         yield lab
-
-
-def synthetic(path: Path, size: int, *, seed: int = 1) -> Path:
-    """A GGUF of about `size` bytes of noise, in tensors of `TENSOR_BYTES`."""
-    n = max(1, size // TENSOR_BYTES)
-    dice = random.Random(seed)
-    with path.open("wb") as file:
-        file.write(swarm_memory.gguf_header(n, TENSOR_BYTES))
-        for _ in range(n):
-            file.write(dice.randbytes(TENSOR_BYTES))
-    return path
-
-
-def given() -> Path:
-    path = Path(os.environ.get("TIGHTWAD_TEST_F32", ""))
-    if not path.is_file():
-        raise SwarmLabError("TIGHTWAD_TEST_F32 must name a model that is there; scripts/bench sets it, or use --size")
-    return path
 
 
 def say(line: str) -> None:

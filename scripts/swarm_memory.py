@@ -12,18 +12,16 @@ import struct
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import swarm_table as table
+from swarm_bench import Bench, gguf_header
 from swarm_lab import Children, Event, Nodes, SwarmLabError
 from swarm_table import Row
 
 from tightwad_agent.ids import SafeName
 from tightwad_agent.swarm.manifest import Manifest, Piece
 from tightwad_agent.swarm.store import Store
-
-if TYPE_CHECKING:
-    from bench_swarm import Bench
 
 PIECE = 16 << 20
 N_MANIFEST = 30_000
@@ -84,19 +82,6 @@ def _watch(nodes: Nodes, model: str, seconds: float, enough: int) -> int:
             if done >= enough or time.monotonic() >= until:
                 break
     return done
-
-
-def gguf_header(n: int, tensor_bytes: int) -> bytes:
-    """Of `n` tensors of F32, one after the other; padded to where the first begins."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    head = b"GGUF" + struct.pack("<IQQ", 3, n, 1)
-    head += text("general.architecture") + struct.pack("<I", 8) + text("llama")
-    for i in range(n):
-        head += text(f"blk.{i}.w") + struct.pack("<IQIQ", 1, tensor_bytes // 4, 0, i * tensor_bytes)
-    return head + bytes(-len(head) % 32)
 
 
 def sparse_gguf(path: Path, n: int) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import bench_swarm
 import psutil
 import pytest
+import swarm_bench
 import swarm_memory
 import swarm_table
 from swarm_lab import Children, Nodes, SwarmLabError
@@ -188,7 +189,7 @@ def test_what_was_measured_stays_when_it_is_broken_off(tmp_path: Path) -> None:
 
 
 def test_a_synthetic_model_is_a_gguf_of_its_size_cut_at_its_tensors(tmp_path: Path) -> None:
-    path = bench_swarm.synthetic(tmp_path / "made.gguf", 10 << 20)
+    path = swarm_bench.synthetic(tmp_path / "made.gguf", 10 << 20)
     gguf = parse(path.read_bytes(), path.stat().st_size)
     assert [tensor.n_bytes for tensor in gguf.tensors] == [2 << 20] * 5
     assert path.stat().st_size == gguf.data_start + (10 << 20)

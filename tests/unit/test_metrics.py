@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from tightwad_agent.proxy import metrics
+from tightwad_agent.proxy.families import page
 from tightwad_agent.proxy.metrics import MetricsView, WorkerTraffic
 from tightwad_agent.proxy.ports import Timings
 from tightwad_agent.proxy.tally import MAX_DRAFTERS, MAX_POSITIONS, OTHERS, Tally, shares
@@ -134,7 +134,7 @@ FULL = MetricsView(
 
 
 def samples(view: MetricsView) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    families = list(text_string_to_metric_families(metrics.render(view).decode()))
+    families = list(text_string_to_metric_families(page(view).decode()))
     found = [(s.name, frozenset(s.labels.items()), s.value) for family in families for s in family.samples]
     assert len(found) == len({(name, labels) for name, labels, _ in found}), "one value for each name and labels"
     return {(name, labels): value for name, labels, value in found}
@@ -183,7 +183,7 @@ def test_each_figure_is_on_the_page(name: str, labels: dict[str, str], value: fl
 
 
 def test_names_and_helps_keep_the_conventions() -> None:
-    text = metrics.render(FULL).decode()
+    text = page(FULL).decode()
     assert text.endswith("\n")
     families = list(text_string_to_metric_families(text))
     own = [f for f in families if f.name.startswith("tightwad_")]
@@ -215,9 +215,9 @@ def test_any_name_comes_back_whole(name: str) -> None:
 
 def test_the_library_is_loaded_by_the_first_page_only() -> None:
     program = (
-        "import sys; from tightwad_agent.proxy import metrics\n"
+        "import sys; from tightwad_agent.proxy import app, metrics\n"
         "assert not [m for m in sys.modules if m.startswith('prometheus')]\n"
-        "metrics.render(metrics.MetricsView(version='0', llama_cpp=''))\n"
+        "app.metrics_page(metrics.MetricsView(version='0', llama_cpp=''))\n"
         "assert 'prometheus_client' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

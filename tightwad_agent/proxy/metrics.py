@@ -1,4 +1,4 @@
-"""`GET /metrics`: what this node counts, in the text form that Prometheus reads.
+"""`GET /metrics`: what this node counts, in the text form that Prometheus reads (`families.page`).
 
 Counters run from the start of the agent. Only the node that coordinates counts rounds and drafts: add up over nodes.
 """
@@ -41,10 +41,3 @@ class MetricsView:
     peers: Mapping[str, int] = field(default_factory=dict)
     transfers: Mapping[str, int] = field(default_factory=dict)
     keys: Mapping[str, Used] = field(default_factory=dict)
-
-
-def render(view: MetricsView) -> bytes:
-    """The page, of type `CONTENT_TYPE`. The first call loads prometheus-client, 70 ms: do it in a thread."""
-    from tightwad_agent.proxy.families import page  # noqa: PLC0415 - the agent starts without it
-
-    return page(view)
