@@ -442,7 +442,7 @@ class TestLost:
     async def test_not_for_ever(self, inner):
         generator = FakeGenerator(lambda _: [GONE])
         answer = await post(inner, app_of(generator), CHAT, messages=HELLO)
-        assert (answer.status, len(generator.asked)) == (503, 3)
+        assert (answer.status, len(generator.asked)) == (503, 4)
         assert answer.header(b"retry-after")
 
     async def test_the_tokenizer_may_be_what_is_lost(self, inner):
@@ -459,7 +459,7 @@ class TestLost:
         error = json.loads(last.removeprefix(b"data: "))["error"]
         assert error["code"] == "answer_lost"
         assert "the verifier is gone" in error["message"]
-        assert len(generator.asked) == 3
+        assert len(generator.asked) == 4
 
     async def test_one_of_several_answers(self, inner):
         go = trio.Event()

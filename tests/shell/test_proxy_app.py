@@ -398,7 +398,7 @@ class TestAnswers:
         assert events[0] + b"\n\n" == EVENTS[0]
         assert json.loads(events[1].removeprefix(b"data: "))["error"]["code"] == "answer_lost"
         assert events[2:] == [b""]
-        assert len(up.requests) == 3
+        assert len(up.requests) == 4
 
     async def test_stream_without_end_of_event(self, inner):
         _, cluster = await local(inner, says(SSE_HEAD + chunk(b"data: 1\n\ndata: 2") + b"0\r\n\r\n"))
@@ -432,7 +432,7 @@ class TestSentAgain:
         """A request that kills its server each time is not tried on and on."""
         up, cluster = await local(inner, says(b""))
         answer = await call(inner, app_of(cluster), "POST", CHAT, JSON, b"{}")
-        assert (answer.status, len(up.requests)) == (503, 3)
+        assert (answer.status, len(up.requests)) == (503, 4)
         assert answer.header(b"retry-after")
 
     async def test_waits_for_the_pool(self, inner):
