@@ -196,7 +196,7 @@ class PeerGone(PeerError):
 
 
 class EngineStopped(PeerGone):
-    """An engine was ended from outside, for a new plan or because another machine is gone: no request's doing."""
+    """An engine was ended or stopped from outside, as for a new plan or a machine that is gone: no request did it."""
 
     code = "engine_stopped"
 

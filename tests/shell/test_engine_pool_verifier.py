@@ -284,6 +284,19 @@ async def test_a_stopped_verifier_is_a_stall(rig: Rig, how: str) -> None:
     await ready(pool, other_than=verifier)
 
 
+async def test_a_verifier_that_somebody_stopped_is_no_request_s_doing(rig: Rig) -> None:
+    pool = await rig.pool(stall_s=60, limits=PoolLimits(start_worker_s=8, frozen_s=0.4))
+    pool.set_target(rig.spec(verified=True))
+    verifier, inbox = await ready(pool), Inbox()
+    verifier.open([1], GREEDY, max_tokens=50, deliver=inbox)
+    await inbox.tokens(1)
+    [process] = verifiers()
+    process.suspend()
+    await until(lambda: isinstance(inbox.events[-1], PeerGone))
+    assert type(inbox.events[-1]) is EngineStopped
+    assert "was stopped (SIGSTOP)" in inbox.events[-1].message
+
+
 async def test_a_prompt_gets_four_times_the_patience(rig: Rig) -> None:
     pool = await rig.pool(stall_s=0.4)
     rig.fake.control(open="hang")
